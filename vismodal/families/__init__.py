@@ -1,0 +1,66 @@
+"""Families: the injection map of each library, a table from module classes to their sites.
+
+A family is imported when a class of its library stands in the model, so that a user of timm needs no diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+
+from torch import nn
+
+from vismodal.errors import InputError
+from vismodal.site import COMMON, Table, lookup
+
+FAMILIES: Mapping[str, str] = {
+    "timm": "vismodal.families.timm",
+    "open_clip": "vismodal.families.open_clip",
+    "transformers": "vismodal.families.transformers",
+    "diffusers": "vismodal.families.diffusers",
+}
+
+
+def table(model: nn.Module, sites: Table | None = None) -> Table:
+    """The merged table for the libraries whose classes stand in the model; `sites` has the last word.
+
+    Raises `InputError` where nothing in the model is known.
+    """
+    classes = {c for m in model.modules() for c in type(m).__mro__}
+    merged: dict[type[nn.Module], tuple] = dict(COMMON)
+    for root in {c.__module__.partition(".")[0] for c in classes} & FAMILIES.keys():
+        merged.update(import_module(FAMILIES[root]).TABLE)
+    merged.update(sites or {})
+    if not any(lookup(type(m), merged) for m in model.modules() if lookup(type(m), merged) != lookup(type(m), COMMON)):
+        raise InputError(_unknown(model))
+    return merged
+
+
+def _unknown(model: nn.Module) -> str:
+    block = next((type(m).__name__ for m in model.modules() if m is not model and list(m.children())), "MyBlock")
+    return (
+        f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}); say where its sites are, e.g. "
+        f'adapt(model, method, sites={{{block}: (vm.Weight("attn.q", "query.weight"), vm.Weight("mlp.up", '
+        f'"fc1.weight"))}})'
+    )
+
+
+def modules() -> list[ModuleType]:
+    """The family modules whose library is installed."""
+    found = []
+    for path in FAMILIES.values():
+        try:
+            found.append(import_module(path))
+        except ImportError:
+            continue
+    return found
+
+
+def base_name(model: nn.Module) -> str:
+    """What the model calls itself: a timm architecture, a hub id or folder, else its class."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name = config.get("architecture") if isinstance(config, dict) else None
+    config = getattr(model, "config", None)
+    name = name or getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+    return str(name or type(model).__name__)

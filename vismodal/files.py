@@ -1,0 +1,71 @@
+"""Files that are whole or absent: everything is written under a temporary name, flushed to the disk, and renamed.
+
+A reader, or the next run after a power cut, never sees half a file; a full disk leaves the old file and no rubbish.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from vismodal.errors import InputError
+
+TEMPORARY = ".part"  # suffix of files being written; whoever finds one may delete it
+
+
+def write_file(path: Path, data: bytes | str | Callable[[Path], object]) -> Path:
+    """Writes `data` to `path` (its folder is made), or lets `data(temporary_path)` write it, and renames.
+
+    The temporary name ends with the suffix of `path`, since many writers go by it. Raises `InputError` if the system
+    refuses (disk full, file too large, no permission); then nothing is left behind, and a file that was there stays.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=TEMPORARY + path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        if callable(data):
+            data(temporary)
+        else:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        _publish(temporary, path)
+        return path
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Data to the disk, then the name, then the folder's entry: in this order a power cut leaves old or new, whole."""
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if hasattr(os, "O_DIRECTORY"):  # not on Windows
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> Path:
+    """One safetensors file, whole or absent. The bytes are made in memory: safetensors hides the system's error codes."""
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    return write_file(path, save(plain, metadata=dict(header or {})))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed process left half-written in `folder`."""
+    for path in folder.glob(f".*{TEMPORARY}*"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""What a method is: a frozen config that says where it attaches and builds one module per site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from vismodal.site import Site
+
+
+class Part(NamedTuple):
+    """A module together with the range of its layer's rows (or columns) that it acts on; None is the whole."""
+
+    module: nn.Module
+    range: tuple[int, int] | None
+    axis: int
+
+
+class WeightModule(nn.Module):
+    """Re-expresses a weight and its bias. `forward` is the truth: live use, merging and exporting all follow it."""
+
+    def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """W, b (the site's range, at least fp32) -> W', b' of the same shapes."""
+        raise NotImplementedError
+
+    @classmethod
+    def can_update(cls, layer: nn.Module) -> bool:
+        """Whether `update` can act on this layer's output without forming W'."""
+        return False
+
+    @classmethod
+    def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:
+        """y of the layer for input x -> y', equal to the layer with W'; `parts` are this adapter's modules on it."""
+        raise NotImplementedError
+
+
+class Built(NamedTuple):
+    """One module per site, in the order given, and what they share (None for most methods)."""
+
+    modules: tuple[nn.Module, ...]
+    shared: nn.Module | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Fields that every method has.
+
+    Args:
+        sites: kinds of site, by name or glob: ("attn.q", "mlp.*").
+        where: glob, or several, on module paths: "blocks.1?.*".
+        layers: a slice of the blocks of each tower: slice(-4, None) for the last four.
+    """
+
+    sites: tuple[str, ...] = ()
+    where: str | tuple[str, ...] = "*"
+    layers: slice | None = None
+
+    survey: ClassVar[str]  # class in arXiv 2403.14608
+    paper: ClassVar[str]
+    mergeable: ClassVar[bool]
+
+    def build(self, sites: Sequence[Site]) -> Built:
+        """New modules for the bound sites. Raises `InputError` where the definition makes no sense."""
+        raise NotImplementedError
+
+    @classmethod
+    def fits(cls, site: Site) -> bool:
+        """Whether this method can attach to the site at all; `vm.sites` shows it."""
+        raise NotImplementedError

@@ -1,0 +1,145 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    W' = W + s B A        A: r x in, B: out x r, s = alpha / r, or alpha / sqrt(r) when rank-stabilised
+                          (Kalajdzievski 2023, arXiv 2312.03732)
+
+Convolutions have A: r x in/g x kh x kw with the layer's own stride, dilation and padding, then B as a 1x1 convolution
+with the layer's groups. Embeddings have B: n x r, A: r x d, read as rows of B times A.
+A is Kaiming uniform with a = sqrt(5) as in the official code (the paper says Gaussian), B is zero.
+Dropout acts on the input features of A. Where W' has to be formed (a shadowed weight) it masks whole columns of A,
+one mask per forward. Token embeddings have no input features, so dropout does not act there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vismodal.errors import InputError
+from vismodal.methods.base import Built, Method, Part, WeightModule
+from vismodal.site import Site
+
+CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+PLAIN = {cls.forward for cls in (nn.Linear, nn.Embedding, *CONV)}  # a subclass with its own forward may read W otherwise
+
+
+class LowRank(WeightModule):
+    """The pair of factors on one site."""
+
+    def __init__(self, W: Tensor, rank: int, scaling: float, dropout: float):
+        super().__init__()
+        self.scaling = scaling
+        self.dropout = dropout
+        A = torch.empty(rank, *W.shape[1:], device="meta" if W.is_meta else "cpu")  # the same draw for every device
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W.device))
+        self.B = nn.Parameter(torch.zeros(W.shape[0], rank, device=W.device))
+
+    def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        assert W is not None
+        A = self.A
+        if self.training and self.dropout:
+            A = A * F.dropout(A.new_ones(A.shape[1]), self.dropout).view(-1, *[1] * (A.dim() - 2))
+        return W + (self.scaling * self.B @ A.flatten(1)).view_as(W), b
+
+    @classmethod
+    def can_update(cls, layer: nn.Module) -> bool:
+        return type(layer).forward in PLAIN and getattr(layer, "max_norm", None) is None
+
+    @classmethod
+    def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:
+        """One product down and one up for all parts together: their A stacked, their B side by side."""
+        A, B = stack(parts, *_sizes(layer))
+        dropout = parts[0].module.dropout if parts[0].module.training else 0.0
+        if isinstance(layer, nn.Embedding):
+            return y + (F.embedding(x, B) @ A).to(y.dtype)
+        x = F.dropout(x, dropout) if dropout else x
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        if isinstance(layer, nn.Linear):
+            return y + F.linear(F.linear(x, A), B)
+        assert isinstance(layer, tuple(CONV))
+        h = layer._conv_forward(x, A.repeat(layer.groups, *[1] * (A.dim() - 1)), None)  # type: ignore[operator]
+        conv = next(CONV[c] for c in CONV if isinstance(layer, c))
+        return y + conv(h, B.view(*B.shape, *[1] * (A.dim() - 2)), groups=layer.groups)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the layer's weight, from its attributes: a quantised weight may be packed."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.out_channels, layer.in_channels // layer.groups  # type: ignore[operator, return-value]
+
+
+def stack(parts: Sequence[Part], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A: sum(r) x columns, B: rows x sum(r), each part's factors in its range and zero elsewhere; B takes the scaling."""
+    As, Bs = [], []
+    for module, range_, axis in parts:
+        A, B = module.A, module.scaling * module.B
+        if range_ is not None and axis == 0:
+            B = F.pad(B, (0, 0, range_[0], rows - range_[1]))
+        elif range_ is not None:
+            A = F.pad(A, (0, 0) * (A.dim() - 2) + (range_[0], columns - range_[1]))
+        As.append(A)
+        Bs.append(B)
+    return (As[0], Bs[0]) if len(parts) == 1 else (torch.cat(As), torch.cat(Bs, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Low-rank adaptation, arXiv 2106.09685.
+
+    Args:
+        rank: r, the inner dimension of the update.
+        alpha: the update is scaled by alpha / r; the default alpha = r scales by 1.
+        dropout: probability on the input features of A while training.
+        rank_stabilised: scale by alpha / sqrt(r), arXiv 2312.03732.
+        ranks: ranks of single sites, by glob on their kind or key, first match: {"mlp.*": 16, "blocks.0.*": 4}.
+    """
+
+    sites: tuple[str, ...] = ("attn.q", "attn.v")
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    survey: ClassVar[str] = "reparameterised: low rank"
+    paper: ClassVar[str] = "arXiv 2106.09685"
+    mergeable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.ranks.values()):
+            if rank < 1:
+                raise InputError(f"LoRA: rank must be at least 1, not {rank}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"LoRA: dropout must be in [0, 1), not {self.dropout}")
+
+    @classmethod
+    def fits(cls, site: Site) -> bool:
+        return site.span is None and site.slot == "weight" and site.tensor.dim() >= 2
+
+    def build(self, sites: Sequence[Site]) -> Built:
+        for glob in self.ranks:
+            if not any(_matches(glob, s) for s in sites):
+                raise InputError(f"LoRA: ranks names {glob!r}, which matches no chosen site, such as {sites[0].key}")
+        return Built(tuple(self._module(site) for site in sites))
+
+    def _module(self, site: Site) -> LowRank:
+        if not self.fits(site):
+            raise InputError(f"LoRA needs a matrix; {site.key} ({site.kind}) is not one: use Tune(sites=({site.kind!r},))")
+        rank = next((r for glob, r in self.ranks.items() if _matches(glob, site)), self.rank)
+        alpha = rank if self.alpha is None else self.alpha
+        scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return LowRank(site.tensor, rank, scaling, self.dropout)
+
+
+def _matches(glob: str, site: Site) -> bool:
+    return fnmatchcase(site.kind, glob) or fnmatchcase(site.key, glob)
