@@ -1,0 +1,52 @@
+"""diffusers: UNet2DConditionModel of Stable Diffusion 1.5, 2 and XL.
+
+Self- and cross-attention are one class, so the parent block declares both.
+"""
+
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
+
+from vismodal.site import Span, Table, Weight
+
+NAME = "diffusers"
+MODELS = "UNet2DConditionModel of Stable Diffusion 1.5, 2 and XL"
+
+
+def attention(kind: str, path: str) -> tuple[Weight, ...]:
+    qkv = tuple(Weight(f"{kind}.{x}", f"{path}.to_{x}.weight") for x in "qkv")
+    return (*qkv, Weight(f"{kind}.out", f"{path}.to_out.0.weight"))
+
+
+TABLE: Table = {
+    BasicTransformerBlock: (
+        Span("block"),
+        Span("attn", "norm1", "attn1"),
+        Span("xattn", "norm2", "attn2"),
+        Span("mlp", "norm3", "ff"),
+        *attention("attn", "attn1"),
+        *attention("xattn", "attn2"),
+    ),
+    GEGLU: (
+        Weight("mlp.up", "proj.weight", (0, 2)),
+        Weight("mlp.gate", "proj.weight", (1, 2)),
+        Weight("mlp.in", "proj.weight", whole=True),
+    ),
+    FeedForward: (Weight("mlp.down", "net.2.weight"),),
+    Transformer2DModel: (Weight("proj.in", "proj_in.weight"), Weight("proj.out", "proj_out.weight")),
+    ResnetBlock2D: (
+        Weight("conv", "conv1.weight"),
+        Weight("conv", "conv2.weight"),
+        Weight("conv", "conv_shortcut.weight"),
+        Weight("time", "time_emb_proj.weight"),
+    ),
+    Downsample2D: (Weight("conv", "conv.weight"),),
+    Upsample2D: (Weight("conv", "conv.weight"),),
+    TimestepEmbedding: (Weight("time", "linear_1.weight"), Weight("time", "linear_2.weight")),
+    UNet2DConditionModel: (Weight("conv", "conv_in.weight"), Weight("conv", "conv_out.weight")),
+}
