@@ -10,113 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vismodal import families
+from vismodal.bank import BANK, Attached, Bank, bank_of
 from vismodal.errors import InputError
+from vismodal.families import table as family_table
+from vismodal.fingerprint import Fingerprint, fingerprint
 from vismodal.methods import METHODS, Method
-from vismodal.ports import FrozenStatistics, WeightPort
+from vismodal.ports import WeightPort
 from vismodal.site import Site, Sites, Table, discover, select
 
 Models = nn.Module | Mapping[str, nn.Module]
-BANK = "_vismodal"
-
-
-class Bank(nn.Module):
-    """The adapters of one model, their ports, and which of them act.
-
-    Modules are kept out of `_modules`, which `state_dict` and strict loading walk, and are handed to what walks
-    `children()` and `named_modules()`: parameters, buffers, `.to`, `train`, DDP, FSDP. `named_children`, `apply` and
-    transformers' `smart_apply` see nothing: re-initialising the base (timm's `init_weights`) must not reach them.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.attached: dict[str, Attached] = {}
-        self.ports: dict[str, WeightPort] = {}
-        self.active: tuple[str, ...] = ()
-        self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        model.requires_grad_(False)
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.frozen = [FrozenStatistics(m) for m in norms]
-
-    def forward(self, x: Any) -> Any:
-        return x  # an nn.Sequential calls all its children
-
-    def children(self) -> Iterator[nn.Module]:
-        for attached in self.__dict__["attached"].values():
-            yield attached.tree
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        return iter(())
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        yield from super().named_modules(memo, prefix, remove_duplicate)
-        for name, attached in self.__dict__["attached"].items():
-            yield from attached.tree.named_modules(memo, f"{prefix}.{name}".strip("."), remove_duplicate)
-
-    def __getattr__(self, name: str) -> Any:
-        """`model.get_submodule("_vismodal.pets")` finds what `named_modules` names."""
-        attached = self.__dict__.get("attached", {})
-        return attached[name].tree if name in attached else super().__getattr__(name)
-
-    def apply(self, fn: Any) -> Bank:
-        return self
-
-    smart_apply = apply
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        return {} if destination is None else destination
-
-    def refresh(self) -> None:
-        """Hand every port the adapters that act on it, and let only those that do require gradients."""
-        order = [self.attached[name] for name in self.active]
-        live = [(a.name, a.scale) for a in order if a.enabled and a.scale and not a.merged]
-        merged = [(a.name, a.scale) for a in order if a.enabled and a.scale and a.merged]
-        for port in self.ports.values():
-            port.set(live, merged)
-
-    def use(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name not in self.attached:
-                raise InputError(f"no adapter {name!r} on this model, which has {', '.join(self.attached) or 'none'}")
-        self.active = tuple(names)
-        for attached in self.attached.values():
-            attached.require_grad(attached.trainable and attached.name in names)
-        self.refresh()
-
-
-@dataclass(eq=False)
-class Attached:
-    """One adapter's part on one model."""
-
-    name: str
-    methods: dict[str, Method]  # by slot: "lora", "tune", "lora_1"
-    sites: dict[str, str]  # key of a module -> kind of its site
-    modules: dict[str, nn.Module]  # by key: "lora/blocks.0.attn.qkv:q"
-    trainable: bool
-    base: str  # name of the base model
-    enabled: bool = True
-    scale: float = 1.0
-    merged: bool = False
-    tree: nn.Module = field(init=False)
-    frozen: frozenset[str] = field(init=False)  # parameters that the method itself holds fixed
-
-    def __post_init__(self) -> None:
-        self.tree = nn.Module()
-        for key, module in self.modules.items():
-            self.tree.add_module(key.replace(".", "/"), module)
-        self.frozen = frozenset(n for n, p in self.tree.named_parameters() if not p.requires_grad)
-
-    def require_grad(self, on: bool) -> None:
-        for name, p in self.tree.named_parameters():
-            p.requires_grad_(on and name not in self.frozen)
 
 
 class Adapter:
@@ -129,7 +36,7 @@ class Adapter:
     @property
     def _parts(self) -> list[Attached]:
         try:
-            return [_bank(m).attached[self.name] for m in self.models.values()]
+            return [bank_of(m).attached[self.name] for m in self.models.values()]
         except (AttributeError, KeyError):
             raise RuntimeError(f"adapter {self.name!r} is detached from its model") from None
 
@@ -142,6 +49,11 @@ class Adapter:
     def modules(self) -> dict[str, nn.Module]:
         """Every module by "slot/site"."""
         return {key: module for part in self._parts for key, module in part.modules.items()}
+
+    @property
+    def bases(self) -> dict[str, Fingerprint]:
+        """Fingerprints of the base models, by prefix."""
+        return {prefix: bank_of(m).base for prefix, m in self.models.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for key, module in self.modules.items():
@@ -192,9 +104,9 @@ class Adapter:
     def _refresh(self, rebake: bool = False) -> None:
         for model in self.models.values():
             if rebake:
-                for port in _bank(model).ports.values():
+                for port in bank_of(model).ports.values():
                     port.set([], [])
-            _bank(model).refresh()
+            bank_of(model).refresh()
 
     @property
     def enabled(self) -> bool:
@@ -223,6 +135,16 @@ class Adapter:
         self._set(scale=float(scale))
 
     @property
+    def trainable(self) -> bool:
+        return self._parts[0].trainable
+
+    @trainable.setter
+    def trainable(self, on: bool) -> None:
+        for part, model in zip(self._parts, self.models.values(), strict=True):
+            part.trainable = bool(on)
+            bank_of(model).use(bank_of(model).active)
+
+    @property
     def merged(self) -> bool:
         return self._parts[0].merged
 
@@ -246,13 +168,12 @@ class Adapter:
     def unused(self) -> list[str]:
         """Dead sites: those that did not run since the last call of `unused()` (or since attaching), and, after a
         backward, those none of whose tensors got a non-zero gradient. Empty when every site takes part."""
-        entries = [e for m in self.models.values() for p in _bank(m).ports.values() for e in p.entries]
+        entries = [e for m in self.models.values() for p in bank_of(m).ports.values() for e in p.entries]
         ran = {e.key for e in entries if e.ran and e.adapter == self.name}
         for e in entries:
             e.ran = e.ran and e.adapter != self.name
         trained = any(p.grad is not None for p in self.parameters())
-        dead = [k for k, m in self.modules.items() if k not in ran or (trained and not _has_gradient(m))]
-        return dead
+        return [k for k, m in self.modules.items() if k not in ran or (trained and not _has_gradient(m))]
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {', '.join(map(repr, self.methods.values()))})"
@@ -268,7 +189,8 @@ class Adapter:
         base = sum(p.numel() for m in self.models.values() for n, p in m.named_parameters() if BANK not in n)
         total = f"{self.num_parameters:,} parameters, {100 * self.num_parameters / base:.2f}% of {base:,}"
         state = "merged" if self.merged else "live" if self.enabled else "off"
-        head = f"adapter {self.name!r} on {self._parts[0].base}: {total}; {state} at scale {self.scale:g}"
+        names = ", ".join(b.name for b in self.bases.values())
+        head = f"adapter {self.name!r} on {names}: {total}; {state} at scale {self.scale:g}"
         return f"{head}\n{table(['site', 'kind', 'method', 'parameters'], rows)}"
 
 
@@ -280,11 +202,6 @@ def _has_gradient(module: nn.Module) -> bool:
     return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
 
 
-def _bank(model: nn.Module) -> Bank:
-    bank: Bank = model._modules[BANK]  # type: ignore[assignment]
-    return bank
-
-
 # -- the public functions -----------------------------------------------------------------------------------------
 
 
@@ -293,7 +210,7 @@ def sites(model: nn.Module, sites: Table | None = None) -> Sites:
 
     `sites` adds rows for classes that no family knows: `{MyBlock: (Weight("attn.q", "query.weight"), ...)}`.
     """
-    found = discover(model, families.table(model, sites))
+    found = discover(model, family_table(model, sites))
     return Sites(found, lambda site: ", ".join(m.__name__ for m in METHODS if m.fits(site)))
 
 
@@ -320,7 +237,7 @@ def adapt(
     for m in models.values():
         _check(m, name)
     methods = _slots([method] if isinstance(method, Method) else list(method))
-    found = {prefix: discover(m, families.table(m, sites), prefix) for prefix, m in models.items()}
+    found = {prefix: discover(m, family_table(m, sites), prefix) for prefix, m in models.items()}
     built: list[tuple[str, Site, nn.Module]] = []
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -329,11 +246,13 @@ def adapt(
             chosen = select([s for f in found.values() for s in f], each.sites, each.where, each.layers)
             built += [(slot, s, m) for s, m in zip(chosen, each.build(chosen).modules, strict=True)]
     for prefix, m in models.items():
-        keys = {s.key for s in found[prefix]}
-        _attach(m, name, methods, [b for b in built if b[1].key in keys])
+        mine = set(found[prefix])
+        if BANK not in m._modules:
+            m.add_module(BANK, Bank(m, _heads(found[prefix], prefix)))
+        _attach(bank_of(m), name, methods, [b for b in built if b[1] in mine])
     adapter = Adapter(models, name)
     for m in models.values():
-        _bank(m).use((*_bank(m).active, name))
+        bank_of(m).use((*bank_of(m).active, name))
     return adapter
 
 
@@ -344,14 +263,14 @@ def use(model: Models, *names: str) -> None:
             if names:
                 raise InputError(f"no adapter on this {type(m).__name__}; call vm.adapt or vm.load first")
             continue
-        _bank(m).use(names)
+        bank_of(m).use(names)
 
 
 def attached(model: Models) -> dict[str, Adapter]:
     """The adapters on a model by name, also on a copied or unpickled one."""
     models = dict(model) if isinstance(model, Mapping) else {"": model}
-    names = [n for m in models.values() if BANK in m._modules for n in _bank(m).attached]
-    return {n: Adapter({k: m for k, m in models.items() if n in _bank(m).attached}, n) for n in dict.fromkeys(names)}
+    names = [n for m in models.values() if BANK in m._modules for n in bank_of(m).attached]
+    return {n: Adapter({k: m for k, m in models.items() if n in bank_of(m).attached}, n) for n in dict.fromkeys(names)}
 
 
 # -- attaching ----------------------------------------------------------------------------------------------------
@@ -373,33 +292,38 @@ def _check(model: nn.Module, name: str) -> None:
     kind = type(model).__name__
     unwrap = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
     if kind in unwrap or model._compiled_call_impl is not None:
-        raise InputError(f"adapt the plain model first, then wrap it: this is a {kind}; it holds the model at "
-                         f".{unwrap.get(kind, '_orig_mod')}")  # fmt: skip
+        inner = f"it holds the model at .{unwrap[kind]}" if kind in unwrap else "it was compiled in place"
+        raise InputError(f"adapt the plain model first, then wrap it: this is a {kind}; {inner}")
     if any(hasattr(m, "_hf_hook") for m in model.modules()):
         raise InputError("the model is offloaded by accelerate; call adapt before any offloading or dispatching")
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise InputError("the parameters are sharded (DTensor); call adapt before fully_shard")
     if not name or any(c in name for c in "./"):
         raise InputError(f"{name!r} cannot name an adapter: write a name without dots or slashes")
-    if BANK in model._modules and name in _bank(model).attached:
+    if BANK in model._modules and name in bank_of(model).attached:
         raise InputError(f"the model has an adapter {name!r} already; choose another name, or detach that one first")
 
 
-def _attach(model: nn.Module, name: str, methods: dict[str, Method], built: list[tuple[str, Site, nn.Module]]) -> None:
-    if BANK not in model._modules:
-        model.add_module(BANK, Bank(model))
-    bank = _bank(model)
+def _heads(sites: Iterable[Site], prefix: str) -> frozenset[str]:
+    """Names of the parameters of classification heads, which differ from task to task."""
+    heads = [s for s in sites if s.kind == "head"]
+    paths = [s.path.removeprefix(prefix).strip(".") for s in heads]
+    names = [s.places[0].weight if s.slot == "weight" else s.places[0].bias for s in heads]
+    return frozenset(f"{path}.{name}".strip(".") for path, name in zip(paths, names, strict=True))
+
+
+def _attach(bank: Bank, name: str, methods: dict[str, Method], built: list[tuple[str, Site, nn.Module]]) -> None:
     modules = {f"{slot}/{site.key}": module for slot, site, module in built}
     kinds = {f"{slot}/{site.key}": site.kind for slot, site, _ in built}
-    bank.attached[name] = Attached(name, methods, kinds, modules, True, families.base_name(model))
+    bank.attached[name] = Attached(name, methods, kinds, modules)
+    bank.attached[name].tree.train(bank.training)
     for slot, site, module in built:
-        module.train(model.training)
         port = bank.ports.setdefault(site.target, WeightPort(site.places))
         port.add(name, f"{slot}/{site.key}", module, site)
 
 
 def _detach(model: nn.Module, name: str, keep: bool) -> None:
-    bank = _bank(model)
+    bank = bank_of(model)
     for target, port in list(bank.ports.items()):
         if keep:  # other merged adapters step aside, so that only this one becomes part of the base
             port.set([], [e for e in port.baked if e[0] == name])
@@ -409,6 +333,8 @@ def _detach(model: nn.Module, name: str, keep: bool) -> None:
         port.remove(name)
         if not port.entries:
             del bank.ports[target]
+    if keep:
+        bank.base = fingerprint(model, bank.heads)
     del bank.attached[name]
     bank.use([n for n in bank.active if n != name])
     if bank.attached:

@@ -24,6 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from vismodal.methods.base import Part, WeightModule
 from vismodal.site import Place, Range, Site
 
+Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
+
 
 @dataclass(eq=False)
 class Entry:
@@ -209,7 +211,7 @@ class WeightPort:
 
     # -- the truth: W', b' --
 
-    def compute(self, W: Tensor | None, b: Tensor | None, groups: Sequence[Group]) -> tuple[Tensor | None, Tensor | None]:
+    def compute(self, W: Tensor | None, b: Tensor | None, groups: Sequence[Group]) -> Pair:
         """W', b' of all groups in order, at least fp32 throughout and rounded once; unchanged ones as they came."""
         W1, b1 = _wide(W), _wide(b)
         W2, b2 = W1, b1
@@ -248,7 +250,7 @@ class WeightPort:
         self.pristine, self.baked = [], ()
 
 
-def _apply(entry: Entry, scale: float, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _apply(entry: Entry, scale: float, W: Tensor | None, b: Tensor | None) -> Pair:
     """One module on its range of W and of b, interpolated by `scale` between before and after."""
     (w_axis, w_range), (b_axis, b_range) = _region(entry, "weight"), _region(entry, "bias")
     Wp, bp = _rows(W, w_axis, w_range), _rows(b, b_axis, b_range)

@@ -192,7 +192,7 @@ def discover(model: nn.Module, table: Table, prefix: str = "") -> list[Site]:
     for step in walked:
         for entry in step.entries:
             for site in _bind(entry, step.module, step.path, holders):
-                site = replace(site, tower=step.tower, index=step.index, depth=depth[step.tower])
+                site = replace(site, tower=step.tower, index=step.block, depth=depth[step.tower])
                 found.setdefault((site.kind, site.key), site)  # the outermost declaration stands
     return list(found.values())
 
@@ -201,7 +201,7 @@ class _Step(NamedTuple):
     module: nn.Module
     path: str
     tower: str
-    index: int | None
+    block: int | None
     is_block: bool
     entries: tuple[Entry, ...]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned in plain text; `rich` draws them, imported here since most runs print no table."""
     from io import StringIO
 
@@ -13,7 +13,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(*head, box=box.SIMPLE_HEAD, title=title or None, title_justify="left", show_edge=False, pad_edge=False)
+    drawn = Table(*head, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for row in rows:
         drawn.add_row(*row)
     console = Console(file=StringIO(), width=160, color_system=None, force_jupyter=False, markup=False, highlight=False)

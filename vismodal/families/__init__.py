@@ -46,7 +46,7 @@ def _unknown(model: nn.Module) -> str:
     )
 
 
-def modules() -> list[ModuleType]:
+def installed() -> list[ModuleType]:
     """The family modules whose library is installed."""
     found = []
     for path in FAMILIES.values():
@@ -55,12 +55,3 @@ def modules() -> list[ModuleType]:
         except ImportError:
             continue
     return found
-
-
-def base_name(model: nn.Module) -> str:
-    """What the model calls itself: a timm architecture, a hub id or folder, else its class."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name = config.get("architecture") if isinstance(config, dict) else None
-    config = getattr(model, "config", None)
-    name = name or getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
-    return str(name or type(model).__name__)

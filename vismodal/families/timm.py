@@ -1,5 +1,7 @@
 """timm: plain and hierarchical vision transformers, ConvNeXt and ResNet."""
 
+from typing import Any
+
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.classifier import ClassifierHead, NormMlpClassifierHead
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -8,10 +10,10 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import beit, convnext, deit, eva, resnet, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import nn
 
-from vismodal.site import NORMS, Span, Table, Weight
+from vismodal.site import NORMS, Range, Span, Table, Weight
 
 NAME = "timm"
-MODELS = "VisionTransformer (class, register and distillation tokens, DINOv2), BEiT, EVA, EVA02, Swin, SwinV2, ConvNeXt, ResNet"
+MODELS = "ViT (class, register, distillation tokens), DINOv2, BEiT, EVA, EVA02, Swin, SwinV2, ConvNeXt, ResNet"
 
 
 def fused(reader: str | None = None) -> tuple[Weight, ...]:
@@ -30,14 +32,19 @@ def fused(reader: str | None = None) -> tuple[Weight, ...]:
     )
 
 
-def _gate(module: nn.Module) -> tuple[int, int]:
-    half = module.fc1.weight.shape[0] // 2  # type: ignore[union-attr, index]
-    return (half, 2 * half) if module.gate_last else (0, half)
+def _halves(glu: Any) -> tuple[Range, Range]:
+    """Rows of `fc1` that pass and rows that gate."""
+    half = glu.fc1.weight.shape[0] // 2
+    first, second = (0, half), (half, 2 * half)
+    return (first, second) if glu.gate_last else (second, first)
 
 
-def _up(module: nn.Module) -> tuple[int, int]:
-    half = module.fc1.weight.shape[0] // 2  # type: ignore[union-attr, index]
-    return (0, half) if module.gate_last else (half, 2 * half)
+def _up(glu: nn.Module) -> Range:
+    return _halves(glu)[0]
+
+
+def _gate(glu: nn.Module) -> Range:
+    return _halves(glu)[1]
 
 
 BLOCK = (

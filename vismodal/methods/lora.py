@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule
 from vismodal.site import Site
 
-CONV = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-PLAIN = {cls.forward for cls in (nn.Linear, nn.Embedding, *CONV)}  # a subclass with its own forward may read W otherwise
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# a subclass with a forward of its own may read W otherwise (timm's weight-standardised convolutions): it is shadowed
+PLAIN = {nn.Linear.forward, nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward}
 
 
 class LowRank(WeightModule):
@@ -43,7 +44,7 @@ class LowRank(WeightModule):
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         assert W is not None
-        A = self.A
+        A: Tensor = self.A
         if self.training and self.dropout:
             A = A * F.dropout(A.new_ones(A.shape[1]), self.dropout).view(-1, *[1] * (A.dim() - 2))
         return W + (self.scaling * self.B @ A.flatten(1)).view_as(W), b
@@ -56,16 +57,17 @@ class LowRank(WeightModule):
     def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:
         """One product down and one up for all parts together: their A stacked, their B side by side."""
         A, B = stack(parts, *_sizes(layer))
-        dropout = parts[0].module.dropout if parts[0].module.training else 0.0
+        first = cast(LowRank, parts[0].module)
+        dropout = first.dropout if first.training else 0.0
         if isinstance(layer, nn.Embedding):
             return y + (F.embedding(x, B) @ A).to(y.dtype)
         x = F.dropout(x, dropout) if dropout else x
         A, B = A.to(x.dtype), B.to(x.dtype)
         if isinstance(layer, nn.Linear):
             return y + F.linear(F.linear(x, A), B)
-        assert isinstance(layer, tuple(CONV))
-        h = layer._conv_forward(x, A.repeat(layer.groups, *[1] * (A.dim() - 1)), None)  # type: ignore[operator]
-        conv = next(CONV[c] for c in CONV if isinstance(layer, c))
+        assert isinstance(layer, Conv)
+        h = layer._conv_forward(x, A.repeat(layer.groups, *[1] * (A.dim() - 1)), None)
+        conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[A.dim()]
         return y + conv(h, B.view(*B.shape, *[1] * (A.dim() - 2)), groups=layer.groups)
 
 
@@ -75,14 +77,18 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
         return layer.out_features, layer.in_features
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
-    return layer.out_channels, layer.in_channels // layer.groups  # type: ignore[operator, return-value]
+    assert isinstance(layer, Conv)
+    return layer.out_channels, layer.in_channels // layer.groups
 
 
 def stack(parts: Sequence[Part], rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """A: sum(r) x columns, B: rows x sum(r), each part's factors in its range and zero elsewhere; B takes the scaling."""
-    As, Bs = [], []
+    """A: sum(r) x columns, B: rows x sum(r): each part's factors in its range, zero elsewhere. B takes the scaling."""
+    As: list[Tensor] = []
+    Bs: list[Tensor] = []
     for module, range_, axis in parts:
-        A, B = module.A, module.scaling * module.B
+        assert isinstance(module, LowRank)
+        A: Tensor = module.A
+        B = module.scaling * module.B
         if range_ is not None and axis == 0:
             B = F.pad(B, (0, 0, range_[0], rows - range_[1]))
         elif range_ is not None:
@@ -134,7 +140,7 @@ class LoRA(Method):
 
     def _module(self, site: Site) -> LowRank:
         if not self.fits(site):
-            raise InputError(f"LoRA needs a matrix; {site.key} ({site.kind}) is not one: use Tune(sites=({site.kind!r},))")
+            raise InputError(f"LoRA needs a matrix, and {site.key} is none; write Tune(sites=({site.kind!r},))")
         rank = next((r for glob, r in self.ranks.items() if _matches(glob, site)), self.rank)
         alpha = rank if self.alpha is None else self.alpha
         scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)

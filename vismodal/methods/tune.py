@@ -1,6 +1,6 @@
 """Tune: a trainable copy of chosen parameters; the frozen originals stay in place.
 
-BitFit (arXiv 2106.10199), norm tuning and linear probing are this one method with sites ("bias",), ("norm",), ("head",).
+BitFit (arXiv 2106.10199), norm tuning and linear probing are this one method, on "bias", "norm" and "head".
 
     W' = V  (or b' = V),  V = W at the start
 """

@@ -1,0 +1,264 @@
+"""The invariants of the design, for every method on every family that it claims."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import BY_NAME, CASES, METHODS, Case, close, shake
+
+import vismodal as vm
+
+NO_CHECKPOINTING = {"open_clip-own-attention": "open_clip 3.3 hands its own blocks too many arguments"}
+Make = Callable[[nn.Module], object]
+every = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS.keys())
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def base(case: Case) -> tuple[nn.Module, Tensor]:
+    """A model and its frozen output in grad mode, as adapters see it."""
+    model = case.model().requires_grad_(False)
+    return model, case.run(model)
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    now = model.state_dict()
+    return list(now) == list(before) and all(torch.equal(now[k], before[k]) for k in before)
+
+
+@every
+@method
+def test_output_at_init_and_off_and_scales(case: Case, make: Make) -> None:
+    model, y0 = base(case)
+    adapter = vm.adapt(model, make(model))  # type: ignore[arg-type]
+    # nn.MultiheadAttention leaves its fused inference path as soon as a weight wants a gradient
+    assert close(case.run(model), y0, 2e-6)
+    shake(adapter)
+    full = case.run(model)
+    assert not close(full, y0, 1e-4)
+    with adapter.disabled():
+        assert torch.equal(case.run(model), y0)
+    adapter.scale = 0
+    assert torch.equal(case.run(model), y0)
+    adapter.scale = 0.5
+    half = case.run(model)
+    adapter.scale = 1
+    assert torch.equal(case.run(model), full)
+    assert not close(half, full, 1e-5)
+    assert not close(half, y0, 1e-5)
+
+
+@every
+@method
+def test_every_tensor_gets_gradient_and_no_site_is_dead(case: Case, make: Make) -> None:
+    model, _ = base(case)
+    adapter = vm.adapt(model, make(model))  # type: ignore[arg-type]
+    assert set(adapter.unused()) == set(adapter.modules)  # nothing has run yet
+    shake(adapter)
+    case.run(model).square().mean().backward()
+    assert adapter.unused() == []
+    flat = [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
+    assert flat == []
+
+
+@every
+@method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_training_leaves_the_base_as_it_was(case: Case, make: Make, dtype: torch.dtype) -> None:
+    model = case.model().to(dtype).train()
+    before, classes = snapshot(model), [type(m) for m in model.modules()]
+    adapter = vm.adapt(model, make(model))  # type: ignore[arg-type]
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        case.run(model).float().square().mean().backward()
+        optimizer.step()
+    adapter.merge()
+    adapter.unmerge()
+    assert same(model, before)
+    adapter.detach()
+    assert same(model, before)
+    assert [type(m) for m in model.modules()] == classes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@every
+@method
+def test_merged_equals_live_and_unmerging_is_exact(case: Case, make: Make) -> None:
+    model, _ = base(case)
+    before = snapshot(model)
+    adapter = vm.adapt(model, make(model))  # type: ignore[arg-type]
+    shake(adapter)
+    live = case.run(model)
+    adapter.merge()
+    assert close(case.run(model), live)
+    assert not same(model, before)
+    adapter.scale = 0.25
+    adapter.scale = 1
+    with adapter.disabled():
+        assert same(model, before)
+    adapter.unmerge()
+    assert same(model, before)
+    assert torch.equal(case.run(model), live)
+    adapter.detach(keep=True)
+    assert close(case.run(model.requires_grad_(False)), live)
+
+
+@every
+@method
+def test_save_and_load_under_another_name(case: Case, make: Make, tmp_path: Path) -> None:
+    model, y0 = base(case)
+    adapter = vm.adapt(model, make(model), name="one")  # type: ignore[arg-type]
+    shake(adapter)
+    y = case.run(model)
+    vm.save(adapter, tmp_path / "a.safetensors")
+    adapter.detach()
+    assert torch.equal(case.run(model.requires_grad_(False)), y0)
+    other = vm.load(model, tmp_path / "a.safetensors", name="two")
+    assert not any(p.requires_grad for p in model.parameters())
+    assert close(case.run(model), y, 2e-6)
+    assert other.methods == adapter_methods(tmp_path / "a.safetensors")
+
+
+def adapter_methods(path: Path) -> dict[str, object]:
+    import json
+
+    from vismodal.checkpoint import from_json, read
+
+    header, _ = read(path)
+    return {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+
+
+@every
+@method
+def test_copies_are_independent(case: Case, make: Make) -> None:
+    model, y0 = base(case)
+    adapter = vm.adapt(model, make(model), name="a")  # type: ignore[arg-type]
+    shake(adapter)
+    y = case.run(model)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for other in copies:
+        assert torch.equal(case.run(other), y)
+        vm.use(other)
+        assert torch.equal(case.run(other), y0)
+        vm.attached(other)["a"].merge()
+        vm.use(other, "a")
+        assert close(case.run(other), y)
+        vm.attached(other)["a"].detach()
+        assert torch.equal(case.run(other.requires_grad_(False)), y0)
+    assert torch.equal(case.run(model), y)
+
+
+@every
+@method
+def test_gradient_checkpointing_is_equal(case: Case, make: Make) -> None:
+    gradients = []
+    for on in (False, True):
+        model = case.model().train()
+        for m in model.modules():
+            if isinstance(m, nn.Dropout):
+                m.p = 0.0
+        if on:
+            if case.name in NO_CHECKPOINTING:
+                pytest.skip(NO_CHECKPOINTING[case.name])
+            case.checkpoint(model)  # type: ignore[misc]
+        adapter = vm.adapt(model, make(model), seed=0)  # type: ignore[arg-type]
+        shake(adapter)
+        case.run(model).square().mean().backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    assert all(a is not None and b is not None and close(b, a, 1e-5) for a, b in zip(*gradients, strict=True))
+
+
+COMPILED = (  # tracing takes long: one of each port and library
+    "timm-vit_tiny_patch16_224", "timm-swinv2_tiny_window8_256", "timm-resnet18", "open_clip-CLIP",
+    "open_clip-own-attention", "transformers-ViT", "transformers-SigLIP", "diffusers-SD1.5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_whole_and_switched(name: str) -> None:
+    case = BY_NAME[name]
+    model, y0 = base(case)
+    adapter = vm.adapt(model, [make(model) for make in METHODS.values()], name="a")  # type: ignore[misc]
+    shake(adapter)
+    y = case.run(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.run, backend="eager", fullgraph=True)
+    assert close(compiled(model), y, 2e-6)
+    vm.use(model)
+    assert close(compiled(model), y0, 2e-6)
+
+
+@every
+@method
+def test_autocast(case: Case, make: Make) -> None:
+    model, _ = base(case)
+    adapter = vm.adapt(model, make(model))  # type: ignore[arg-type]
+    shake(adapter)
+    y = case.run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = case.run(model)
+    low.float().square().mean().backward()
+    assert adapter.unused() == []
+    assert close(low.float(), y, 0.2)
+
+
+@every
+def test_two_adapters_in_any_order(case: Case) -> None:
+    model, y0 = base(case)
+    a = vm.adapt(model, METHODS["LoRA"](model), name="a")  # type: ignore[arg-type]
+    shake(a)
+    only_a = case.run(model)
+    vm.use(model)
+    b = vm.adapt(model, METHODS["Tune"](model), name="b")  # type: ignore[arg-type]
+    shake(b)
+    only_b = case.run(model)
+    vm.use(model, "a", "b")
+    both = case.run(model)
+    vm.use(model, "a")
+    assert close(case.run(model), only_a, 2e-6)
+    vm.use(model, "b")
+    assert close(case.run(model), only_b, 2e-6)
+    vm.use(model, "b", "a")
+    a.merge()
+    b.merge()
+    assert close(case.run(model), both)
+    a.detach()
+    assert close(case.run(model), only_b)
+    b.detach()
+    assert torch.equal(case.run(model.requires_grad_(False)), y0)
+
+
+@every
+def test_reinitialising_the_base_does_not_reach_the_adapter(case: Case) -> None:
+    model, _ = base(case)
+    adapter = vm.adapt(model, METHODS["LoRA"](model))  # type: ignore[arg-type]
+    before = {k: v.clone() for k, v in adapter.state_dict().items()}
+
+    def wipe(module: nn.Module) -> None:
+        for p in module.parameters(recurse=False):
+            nn.init.constant_(p, 0.5)
+
+    state = snapshot(model)
+    model.apply(wipe)
+    if hasattr(model, "init_weights"):
+        model.init_weights()
+    model.load_state_dict(state)  # strict, with the adapter in place
+    assert all(torch.equal(v, before[k]) for k, v in adapter.state_dict().items())

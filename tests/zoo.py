@@ -1,0 +1,209 @@
+"""Small random models of every family, each with a way to run it. Real classes, real configs, only smaller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import vismodal as vm
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Callable[[], nn.Module]
+    run: Callable[[nn.Module], Tensor]
+    checkpoint: Callable[[nn.Module], object] | None = None  # switches the model's own gradient checkpointing on
+
+    def model(self) -> nn.Module:
+        """The same random model each time, in eval mode, with no zeros that would hide a wrong gradient."""
+        torch.manual_seed(0)
+        model = self.build().eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        return model
+
+
+def fixed(*shape: int) -> Tensor:
+    """Input without a generator, which dynamo cannot trace."""
+    return torch.sin(0.37 * torch.arange(math.prod(shape), dtype=torch.float64) ** 2).float().view(shape)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _image(size: int) -> Callable[[nn.Module], Tensor]:
+    return lambda model: model(fixed(2, 3, size, size).to(dtype_of(model)))
+
+
+def _timm(name: str, size: int, **options: object) -> Case:
+    def build() -> nn.Module:
+        import timm
+
+        if "resn" not in name and "convnext" not in name:
+            options["img_size"] = size
+        return timm.create_model(name, num_classes=4, **options)
+
+    return Case(f"timm-{name}", build, _image(size), lambda m: m.set_grad_checkpointing(True))
+
+
+SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3}
+TIMM = (
+    _timm("vit_tiny_patch16_224", 32, **SMALL),
+    _timm("deit_tiny_distilled_patch16_224", 32, **SMALL),
+    _timm("vit_small_patch14_reg4_dinov2", 28, **SMALL),
+    _timm("vit_giant_patch14_dinov2", 28, **SMALL, mlp_ratio=2.0),
+    _timm("beit_base_patch16_224", 32, **SMALL),
+    _timm("eva02_tiny_patch14_224", 28, **SMALL),
+    _timm("eva02_base_patch14_448", 28, **SMALL),
+    _timm("swin_tiny_patch4_window7_224", 56, depths=(1, 1), embed_dim=12, num_heads=(2, 4)),
+    _timm("swinv2_tiny_window8_256", 64, depths=(1, 1), embed_dim=12, num_heads=(2, 4)),
+    _timm("convnext_tiny", 64, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
+    _timm("resnext50_32x4d", 32, layers=(1, 1, 1, 1)),
+    _timm("resnet18", 32, layers=(1, 1, 1, 1)),
+)
+
+
+def words() -> Tensor:
+    """Three texts of eight tokens; each ends with the end-of-text token, at which CLIP pools."""
+    return torch.cat([torch.arange(21).view(3, 7) * 17 % 59 + 1, torch.full((3, 1), 62)], 1)
+
+
+def _open_clip(name: str, vision: dict, text: dict, custom: bool) -> Case:
+    def build() -> nn.Module:
+        from open_clip.model import CLIP, CustomTextCLIP
+
+        size = {"image_size": 32, "patch_size": 16, "layers": 2, "width": 24, "head_width": 12}
+        sizes = {"context_length": 8, "vocab_size": 64, "width": 24, "heads": 2, "layers": 2}
+        return (CustomTextCLIP if custom else CLIP)(16, {**size, **vision}, {**sizes, **text})
+
+    def run(model: nn.Module) -> Tensor:
+        size = 224 if "timm" in name else 32
+        images = fixed(2, 3, size, size).to(dtype_of(model))
+        return torch.cat([model.encode_image(images), model.encode_text(words())])
+
+    return Case(f"open_clip-{name}", build, run, lambda m: m.set_grad_checkpointing(True))
+
+
+OWN = {"block_type": "custom", "qk_norm": True}
+OPEN_CLIP = (
+    _open_clip("CLIP", {}, {}, custom=False),
+    _open_clip("CustomTextCLIP", {}, {"proj_type": "linear"}, custom=True),
+    _open_clip("own-attention", OWN, OWN, custom=True),
+    _open_clip("timm-tower", {"timm_model_name": "test_vit", "image_size": 224}, {}, custom=True),
+)
+
+VISION = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+VISION |= {"image_size": 32, "patch_size": 16}
+TEXT = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+TEXT |= {"max_position_embeddings": 8, "projection_dim": 16, "projection_size": 24}
+TEXT |= {"bos_token_id": 61, "eos_token_id": 62, "pad_token_id": 0}
+
+
+def _hf(name: str, build: Callable[[], nn.Module], out: str, image: bool = True, text: bool = False) -> Case:
+    def run(model: nn.Module) -> Tensor:
+        images = {"pixel_values": fixed(2, 3, 32, 32).to(dtype_of(model))} if image else {}
+        texts = {"input_ids": words()} if text else {}
+        return getattr(model(**images, **texts), out)
+
+    return Case(f"transformers-{name}", build, run, lambda m: m.activation_checkpointing_enable())
+
+
+def _transformers() -> tuple[Case, ...]:
+    import transformers as hf
+
+    def clip() -> nn.Module:
+        return hf.CLIPModel(hf.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16))
+
+    def siglip() -> nn.Module:
+        return hf.SiglipModel(hf.SiglipConfig(text_config=TEXT, vision_config=VISION))
+
+    return (
+        _hf("ViT", lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION)), "logits"),
+        _hf("Dinov2", lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**VISION)), "logits"),
+        _hf("Dinov2-swiglu", lambda: hf.Dinov2Model(hf.Dinov2Config(**VISION, use_swiglu_ffn=True)), "pooler_output"),
+        _hf("CLIP", clip, "logits_per_image", text=True),
+        _hf("SigLIP", siglip, "logits_per_image", text=True),
+        _hf("CLIPText", lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT)), "last_hidden_state", False, True),
+        _hf("CLIPTextProj", lambda: hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**TEXT)), "text_embeds", False, True),
+    )
+
+
+def _unet(name: str, **options: object) -> Case:
+    def build() -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        blocks = {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+        size = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+        return UNet2DConditionModel(**size, **blocks, cross_attention_dim=24, **options)  # type: ignore[arg-type]
+
+    def run(model: nn.Module) -> Tensor:
+        dtype = dtype_of(model)
+        added = {"text_embeds": fixed(2, 16).to(dtype), "time_ids": torch.ones(2, 6).to(dtype)}
+        more = {"added_cond_kwargs": added} if name == "SDXL" else {}
+        return model(fixed(2, 4, 8, 8).to(dtype), torch.tensor([1, 500]), fixed(2, 3, 24).to(dtype), **more).sample
+
+    return Case(f"diffusers-{name}", build, run, lambda m: m.enable_gradient_checkpointing())
+
+
+SDXL = {
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 64,
+}
+DIFFUSERS = (
+    _unet("SD1.5", attention_head_dim=2),
+    _unet("SD2", attention_head_dim=(2, 4), use_linear_projection=True),
+    _unet("SDXL", **SDXL),
+)
+
+CASES = (*TIMM, *OPEN_CLIP, *_transformers(), *DIFFUSERS)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def offered(model: nn.Module, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the kinds that the model has."""
+    there = {s.kind for s in vm.sites(model) if s.span is None}
+    return tuple(k for k in kinds if k in there)
+
+
+LORA_KINDS = ("attn.q", "attn.k", "attn.v", "attn.out", "xattn.q", "xattn.k", "xattn.v", "xattn.out")
+LORA_KINDS += ("mlp.up", "mlp.gate", "mlp.down", "conv", "time", "embed", "embed.tokens", "projection")
+LORA_KINDS += ("proj.in", "proj.out")
+
+
+def lora(model: nn.Module, **options: object) -> vm.LoRA:
+    """LoRA on every kind of matrix that the model offers."""
+    return vm.LoRA(sites=offered(model, LORA_KINDS), rank=2, alpha=3.0, **options)  # type: ignore[arg-type]
+
+
+def tune(model: nn.Module) -> vm.Tune:
+    return vm.Tune(sites=offered(model, ("norm", "bias", "head")))
+
+
+METHODS: dict[str, Callable[[nn.Module], object]] = {"LoRA": lora, "Tune": tune}
+
+
+def shake(adapter: vm.Adapter, size: float = 0.05) -> None:
+    """Move every tensor of the adapter away from its initial value."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(size * torch.randn(p.shape, generator=generator).to(p.dtype))
+
+
+def close(a: Tensor, b: Tensor, bound: float = 1e-5) -> bool:
+    """Within `bound` of each other, relative to the largest value."""
+    return bool((a - b).abs().max() <= bound * b.abs().max())

@@ -1,0 +1,117 @@
+"""The bank: the adapters of one model, where the model carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from vismodal.errors import InputError
+from vismodal.fingerprint import fingerprint
+from vismodal.methods import Method
+from vismodal.ports import FrozenStatistics, WeightPort
+
+BANK = "_vismodal"  # attribute of the model
+
+
+class Bank(nn.Module):
+    """The adapters of one model, their ports, and which of them act.
+
+    Modules are kept out of `_modules`, which `state_dict` and strict loading walk, and are handed to what walks
+    `children()` and `named_modules()`: parameters, buffers, `.to`, `train`, DDP, FSDP. `named_children`, `apply` and
+    transformers' `smart_apply` see nothing: re-initialising the base (timm's `init_weights`) must not reach them.
+    """
+
+    def __init__(self, model: nn.Module, heads: frozenset[str]):
+        super().__init__()
+        self.heads = heads
+        self.base = fingerprint(model, heads)
+        self.attached: dict[str, Attached] = {}
+        self.ports: dict[str, WeightPort] = {}
+        self.active: tuple[str, ...] = ()
+        self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+        self.training = model.training
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.frozen = [FrozenStatistics(m) for m in norms]
+
+    def forward(self, x: Any) -> Any:
+        return x  # an nn.Sequential calls all its children
+
+    def children(self) -> Iterator[nn.Module]:
+        for attached in self.__dict__["attached"].values():
+            yield attached.tree
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        return iter(())
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        for name, attached in self.__dict__["attached"].items():
+            yield from attached.tree.named_modules(memo, f"{prefix}.{name}".strip("."), remove_duplicate)
+
+    def __getattr__(self, name: str) -> Any:
+        """`model.get_submodule("_vismodal.pets")` finds what `named_modules` names."""
+        attached = self.__dict__.get("attached", {})
+        return attached[name].tree if name in attached else super().__getattr__(name)
+
+    def apply(self, fn: Any) -> Bank:
+        return self
+
+    smart_apply = apply
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        return {} if destination is None else destination
+
+    def refresh(self) -> None:
+        """Hand every port the adapters that act on it, and let only those that do require gradients."""
+        order = [self.attached[name] for name in self.active]
+        live = [(a.name, a.scale) for a in order if a.enabled and a.scale and not a.merged]
+        merged = [(a.name, a.scale) for a in order if a.enabled and a.scale and a.merged]
+        for port in self.ports.values():
+            port.set(live, merged)
+
+    def use(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.attached:
+                raise InputError(f"no adapter {name!r} on this model, which has {', '.join(self.attached) or 'none'}")
+        self.active = tuple(names)
+        for attached in self.attached.values():
+            attached.require_grad(attached.trainable and attached.name in names)
+        self.refresh()
+
+
+@dataclass(eq=False)
+class Attached:
+    """One adapter's part on one model."""
+
+    name: str
+    methods: dict[str, Method]  # by slot: "lora", "tune", "lora_1"
+    sites: dict[str, str]  # key of a module -> kind of its site
+    modules: dict[str, nn.Module]  # by key: "lora/blocks.0.attn.qkv:q"
+    trainable: bool = True
+    enabled: bool = True
+    scale: float = 1.0
+    merged: bool = False
+    tree: nn.Module = field(init=False)
+    frozen: frozenset[str] = field(init=False)  # parameters that the method itself holds fixed
+
+    def __post_init__(self) -> None:
+        self.tree = nn.Module()
+        for key, module in self.modules.items():
+            self.tree.add_module(key.replace(".", "/"), module)
+        self.frozen = frozenset(n for n, p in self.tree.named_parameters() if not p.requires_grad)
+
+    def require_grad(self, on: bool) -> None:
+        for name, p in self.tree.named_parameters():
+            p.requires_grad_(on and name not in self.frozen)
+
+
+def bank_of(model: nn.Module) -> Bank:
+    """The bank of a model that has one."""
+    bank: Bank = model._modules[BANK]  # type: ignore[assignment]
+    return bank

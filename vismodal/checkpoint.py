@@ -1,0 +1,162 @@
+"""One safetensors file per adapter: its tensors, and in the header all that is needed to load it again.
+
+Header (strings, as safetensors wants them): `vismodal` the format version, `methods` the configs by slot, `base` the
+model's name and fingerprint, besides what the caller adds. Tensor names are "slot/site.name". No pickle is ever read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vismodal.adapter import Adapter, Models, adapt
+from vismodal.errors import InputError
+from vismodal.fingerprint import Fingerprint
+from vismodal.methods import METHODS, Method
+from vismodal.site import Table
+
+FORMAT = "1"
+
+
+def save(adapter: Adapter, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write the adapter to one file, under a temporary name that is then renamed: whole or not at all.
+
+    Args:
+        adapter: live or merged, on any device.
+        path: a `.safetensors` file; its folder is made where it is missing.
+        metadata: further header entries, such as classes or a prompt.
+    """
+    header = {
+        "vismodal": FORMAT,
+        "methods": json.dumps({slot: to_json(m) for slot, m in adapter.methods.items()}, separators=(",", ":")),
+        "base": json.dumps({k: f._asdict() for k, f in adapter.bases.items()}, separators=(",", ":")),
+        **(metadata or {}),
+    }
+    tensors = {k: t.detach().contiguous().cpu() for k, t in adapter.state_dict().items()}
+    return write(tensors, path, header)
+
+
+def write(tensors: Mapping[str, Tensor], path: str | Path, header: Mapping[str, str]) -> Path:
+    """`save_file`, but never half a file under the final name, whatever interrupts it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        save_file(dict(tensors), temporary, dict(header))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except SafetensorError as error:  # safetensors reports a full disk as an error of its own
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def load(
+    model: Models, path: str | Path, name: str | None = None, *, trainable: bool = False, sites: Table | None = None
+) -> Adapter:
+    """Attach the adapter of a file to its base model; frozen unless `trainable`.
+
+    Args:
+        model: the base, or several by the prefixes that the file names.
+        path: a file written by `save`.
+        name: the adapter's name here; the file's stem unless given.
+        sites: as for `adapt`.
+
+    Raises `InputError` where the file is none of ours, or the model's parameters have other names or shapes than those
+    it was made on. Other values (another checkpoint of the same architecture) only warn.
+    """
+    header, tensors = read(path)
+    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    bases: dict[str, dict[str, str]] = json.loads(header["base"])
+    if bases.keys() != models.keys():
+        raise InputError(f"{path} adapts {_names(bases)}; given {_names(models)}")
+    methods = [from_json(config) for config in json.loads(header["methods"]).values()]
+    name = name or Path(path).stem.replace(".", "_")
+    try:
+        adapter = adapt(model, methods, name, sites=sites, seed=0)
+    except InputError as error:
+        raise InputError(f"{path} does not fit: {error}") from None
+    try:
+        for prefix, base in bases.items():
+            _compare(Fingerprint(**base), adapter.bases[prefix], path)
+        adapter.load_state_dict(tensors)
+    except InputError as error:
+        adapter.detach()
+        raise InputError(f"{path} does not fit: {error}") from None
+    adapter.trainable = trainable
+    return adapter
+
+
+def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path) -> None:
+    if made_on.shapes != given.shapes:
+        raise InputError(f"it was made on {made_on.name}, and {given.name} has other parameter names or shapes")
+    if not made_on.same_values(given):
+        message = f"{path} was made on another checkpoint of {made_on.name}: same shapes, other values"
+        warnings.warn(message, stacklevel=3)
+
+
+def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of an adapter file. Raises `InputError` where it is missing, broken or none of ours."""
+    if not Path(path).is_file():
+        raise InputError(f"no adapter file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise InputError(f"{path} is no whole safetensors file: {error}") from None
+    if "vismodal" not in header:
+        raise InputError(f"{path} was not written by vismodal.save: its header has {_names(header)}")
+    if header["vismodal"] != FORMAT:
+        raise InputError(f"{path} has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
+    return header, tensors
+
+
+def _names(mapping: Mapping[str, Any]) -> str:
+    return ", ".join(repr(k) for k in mapping) if any(mapping) else "one model" if mapping else "nothing"
+
+
+# -- methods as JSON ----------------------------------------------------------------------------------------------
+
+
+def to_json(method: Method) -> dict[str, Any]:
+    """The class name and the fields that differ from its defaults; slices as {"slice": [start, stop, step]}."""
+    config: dict[str, Any] = {"method": type(method).__name__}
+    for f in fields(method):
+        value = getattr(method, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if isinstance(value, slice):
+            config[f.name] = {"slice": [value.start, value.stop, value.step]}
+        elif value != default:
+            config[f.name] = value
+    return config
+
+
+def from_json(config: Mapping[str, Any]) -> Method:
+    """The method that `to_json` described. Raises `InputError` for a name or field that this version does not know."""
+    config = dict(config)
+    name = config.pop("method")
+    known = {m.__name__: m for m in METHODS}
+    if name not in known:
+        raise InputError(f"unknown method {name!r}; this version has {', '.join(known)}")
+    for key, value in config.items():
+        if isinstance(value, dict) and value.keys() == {"slice"}:
+            config[key] = slice(*value["slice"])
+        elif isinstance(value, list):
+            config[key] = tuple(value)
+    try:
+        return known[name](**config)
+    except TypeError as error:
+        raise InputError(f"{name}: {error}") from None

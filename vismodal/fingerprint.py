@@ -1,0 +1,47 @@
+"""What an adapter file remembers of its base model: a name, a hash of all shapes, and a few values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from hashlib import sha256
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+SAMPLES = 16
+
+
+class Fingerprint(NamedTuple):
+    """`shapes` must match for an adapter to fit; other `values` are another checkpoint of the same architecture."""
+
+    name: str
+    shapes: str  # hash of every parameter's name and shape
+    values: str  # SAMPLES values as hexadecimal fp16, the same for a base in fp32, fp16 or bf16 up to rounding
+
+    def same_values(self, other: Fingerprint) -> bool:
+        """Equal up to the rounding of bf16; values that were never there (meta device) count as equal."""
+        mine, theirs = (np.frombuffer(bytes.fromhex(f.values), "<f2").astype("f4") for f in (self, other))
+        if len(mine) != len(theirs):
+            return False
+        return bool(np.all(np.isclose(mine, theirs, rtol=1e-2, atol=1e-4) | np.isnan(mine) | np.isnan(theirs)))
+
+
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> Fingerprint:
+    """Of a model as it is; `without` names parameters that change from task to task: a classification head."""
+    params = [(n, p) for n, p in model.named_parameters() if n not in without]
+    shapes = sha256(json.dumps([(n, list(p.shape)) for n, p in params]).encode()).hexdigest()[:12]
+    picked = [params[i * len(params) // SAMPLES][1] for i in range(SAMPLES)] if params else []
+    values = [float("nan") if p.is_meta else p.detach().flatten()[p.numel() // 2].item() for p in picked]
+    return Fingerprint(base_name(model), shapes, torch.tensor(values).to(torch.float16).numpy().tobytes().hex())
+
+
+def base_name(model: nn.Module) -> str:
+    """What the model calls itself: a timm architecture, a hub id or folder, else its class."""
+    timm = getattr(model, "pretrained_cfg", None)
+    name = timm.get("architecture") if isinstance(timm, dict) else None
+    config = getattr(model, "config", None)
+    name = name or getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+    return str(name or type(model).__name__)
