@@ -34,7 +34,8 @@ def by_hand(model: nn.Module, adapter: vm.Adapter, x: Tensor, mask: Callable[[st
         delta[name] = 2 * m.B @ (m.A if mask is None else m.A * mask(name))
     weight = attn.in_proj_weight + torch.cat([delta[f"in_proj_weight:{x}"] for x in "qkv"])
     q, k, v = (
-        t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in F.linear(x, weight, attn.in_proj_bias).chunk(3, -1)
+        t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        for t in F.linear(x, weight, attn.in_proj_bias).chunk(3, -1)
     )
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return F.linear(y, attn.out_proj.weight + delta["out_proj"], attn.out_proj.bias)
@@ -60,7 +61,10 @@ def test_dropout_masks_columns_of_A_once_a_forward() -> None:
     torch.manual_seed(7)
     y = attn(x, x, x, need_weights=False)[0]
     torch.manual_seed(7)  # W' is formed before the attention: q, k, v, then out draw one mask over the columns each
-    masks = {n: F.dropout(torch.ones(24), 0.5) for n in ("in_proj_weight:q", "in_proj_weight:k", "in_proj_weight:v", "out_proj")}
+    masks = {
+        n: F.dropout(torch.ones(24), 0.5)
+        for n in ("in_proj_weight:q", "in_proj_weight:k", "in_proj_weight:v", "out_proj")
+    }
     assert close(y, by_hand(model, adapter, x, masks.__getitem__))
     assert not close(attn(x, x, x, need_weights=False)[0], y, 1e-3)
     model.eval()

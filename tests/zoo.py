@@ -131,7 +131,13 @@ def _transformers() -> tuple[Case, ...]:
         _hf("CLIP", clip, "logits_per_image", text=True),
         _hf("SigLIP", siglip, "logits_per_image", text=True),
         _hf("CLIPText", lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT)), "last_hidden_state", False, True),
-        _hf("CLIPTextProj", lambda: hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**TEXT)), "text_embeds", False, True),
+        _hf(
+            "CLIPTextProj",
+            lambda: hf.CLIPTextModelWithProjection(hf.CLIPTextConfig(**TEXT)),
+            "text_embeds",
+            False,
+            True,
+        ),
     )
 
 

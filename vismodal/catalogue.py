@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from vismodal.families import installed
 from vismodal.methods import METHODS, Method
@@ -32,7 +31,9 @@ def methods() -> Listing:
         [m.__name__, m.survey, m.paper, ", ".join(m().sites), "yes" if m.mergeable else "no", f"{_count(m):,}"]
         for m in METHODS
     ]
-    return Listing(["method", "class in the survey", "paper", "default sites", "merges", "parameters on ViT-B/16"], rows)
+    return Listing(
+        ["method", "class in the survey", "paper", "default sites", "merges", "parameters on ViT-B/16"], rows
+    )
 
 
 def _count(method: type[Method]) -> int:
@@ -52,6 +53,5 @@ def families() -> Listing:
     for family in installed():
         weights = [e for entries in family.TABLE.values() for e in entries if isinstance(e, Weight)]
         kinds = dict.fromkeys([*(w.kind for w in weights), "norm", "bias"])
-        distribution = {"open_clip": "open_clip_torch"}.get(family.NAME, family.NAME)
-        rows.append([f"{family.NAME} {version(distribution)}", family.MODELS, ", ".join(sorted(kinds))])
+        rows.append([family.NAME, family.MODELS, ", ".join(sorted(kinds))])
     return Listing(["family", "models", "kinds of site"], rows)

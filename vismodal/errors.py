@@ -4,8 +4,8 @@
 def one_line(text: str) -> str:
     """`text` as one printable line: line breaks become spaces, other control characters and undecodable bytes escapes.
 
-    File names come from downloads and cameras: one with a line break, a terminal escape or bytes that are not UTF-8 must
-    neither break the line nor crash `print`.
+    File names come from downloads and cameras: one with a line break, a terminal escape or bytes that are not UTF-8
+    must neither break the line nor crash `print`.
     """
     joined = " ".join(line.strip() for line in text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in joined)
@@ -14,8 +14,8 @@ def one_line(text: str) -> str:
 class InputError(ValueError):
     """Bad input given by the user, not a defect of the program.
 
-    Its message is one line that says what was given, what is possible and what to write instead. The command line prints
-    `error: MESSAGE` and exits with code 2; in Python it is a `ValueError` like any other.
+    Its message is one line that says what was given, what is possible and what to write instead. The command line
+    prints `error: MESSAGE` and exits with code 2; in Python it is a `ValueError` like any other.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,7 +1,7 @@
 """Where the files that come with the package lie: embedded models and pictures.
 
-In a checkout they are in `assets/` beside the package; the wheel maps that folder to `vismodal/assets/`. The module is not
-called `assets`, so that it does not hide behind that folder.
+In a checkout they are in `assets/` beside the package; the wheel maps that folder to `vismodal/assets/`. The module is
+not called `assets`, so that it does not hide behind that folder.
 """
 
 from pathlib import Path

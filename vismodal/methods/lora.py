@@ -47,7 +47,7 @@ class LowRank(WeightModule):
         A: Tensor = self.A
         if self.training and self.dropout:
             A = A * F.dropout(A.new_ones(A.shape[1]), self.dropout).view(-1, *[1] * (A.dim() - 2))
-        return W + (self.scaling * self.B @ A.flatten(1)).view_as(W), b
+        return W + (self.scaling * self.B.to(W.dtype) @ A.flatten(1).to(W.dtype)).view_as(W), b
 
     @classmethod
     def can_update(cls, layer: nn.Module) -> bool:
@@ -56,7 +56,7 @@ class LowRank(WeightModule):
     @classmethod
     def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:
         """One product down and one up for all parts together: their A stacked, their B side by side."""
-        A, B = stack(parts, *_sizes(layer))
+        A, B = stack(parts, *_sizes(layer), torch.promote_types(y.dtype, torch.float32))
         first = cast(LowRank, parts[0].module)
         dropout = first.dropout if first.training else 0.0
         if isinstance(layer, nn.Embedding):
@@ -81,14 +81,13 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     return layer.out_channels, layer.in_channels // layer.groups
 
 
-def stack(parts: Sequence[Part], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def stack(parts: Sequence[Part], rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A: sum(r) x columns, B: rows x sum(r): each part's factors in its range, zero elsewhere. B takes the scaling."""
     As: list[Tensor] = []
     Bs: list[Tensor] = []
     for module, range_, axis in parts:
         assert isinstance(module, LowRank)
-        A: Tensor = module.A
-        B = module.scaling * module.B
+        A, B = module.A.to(dtype), module.scaling * module.B.to(dtype)
         if range_ is not None and axis == 0:
             B = F.pad(B, (0, 0, range_[0], rows - range_[1]))
         elif range_ is not None:

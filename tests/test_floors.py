@@ -1,0 +1,71 @@
+"""Imports only go down, hooks live in one file, and `import vismodal` stays cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vismodal"
+
+# the module (or package) and the floor it stands on; a file imports its own floor and those below
+FLOORS = {
+    **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "site"), 0),
+    **dict.fromkeys(("methods", "families", "ports"), 1),
+    **dict.fromkeys(("bank", "adapter"), 2),
+    **dict.fromkeys(("catalogue", "checkpoint", "formats"), 3),
+    **dict.fromkeys(("losses", "data", "train", "callbacks", "resume", "interrupt", "draw", "report"), 4),
+    **dict.fromkeys(("denoise", "diffusion", "evaluate", "prompts", "runs"), 4),
+    **dict.fromkeys(("cli", "pipelines", "apps"), 5),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of vismodal that a file imports anywhere, by their first name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "vismodal":
+                names |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("vismodal.")}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_go_down(path: Path) -> None:
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if name in ("__init__", "__main__"):
+        return
+    assert name in FLOORS, f"say in tests/test_floors.py on which floor {name} stands"
+    above = {other for other in imported(path) if FLOORS.get(other, 0) > FLOORS[name]}
+    assert not above, f"{path.name} stands on floor {FLOORS[name]} and imports {above} from above"
+
+
+def test_a_method_knows_no_family_and_no_port() -> None:
+    for path in (PACKAGE / "methods").glob("*.py"):
+        assert not imported(path) & {"families", "ports", "adapter"}, path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_ports_touch_hooks(path: Path) -> None:
+    if path.name != "ports.py":
+        assert "register_forward" not in path.read_text()
+
+
+def test_import_is_cheap_and_lazy() -> None:
+    code = (
+        "import time, torch; start = time.perf_counter(); import vismodal, sys;"
+        "print(time.perf_counter() - start, *[m for m in ('transformers', 'diffusers', 'timm') if m in sys.modules])"
+    )
+    seconds, *loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout.split()
+    assert loaded == []
+    assert float(seconds) < 0.5  # measured at 0.03 s: it can only fail by an import too many

@@ -1,0 +1,499 @@
+"""The rules that keep the core exact, each with the case that was seen to bite."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import cpu_offload
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from zoo import BY_NAME, CASES, close, fixed, lora, shake
+
+import vismodal as vm
+
+VIT = BY_NAME["timm-vit_tiny_patch16_224"]
+MHA = BY_NAME["open_clip-CLIP"]
+
+
+class Net(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+TABLE = {Net: (vm.Weight("w", "layer.weight"), vm.Weight("w.bias", "layer.bias"))}
+
+
+# -- 1: precision -------------------------------------------------------------------------------------------------
+
+
+def test_a_shadowed_bf16_weight_is_computed_in_fp32_and_rounded_once() -> None:
+    model = MHA.model().bfloat16()
+    adapter = vm.adapt(model, vm.LoRA(sites=("attn.qkv",), rank=3))
+    shake(adapter)
+    attn = model.visual.transformer.resblocks[0].attn
+    seen: list[Tensor] = []
+    attn.out_proj.register_forward_pre_hook(lambda *_: None)
+    attn.register_forward_pre_hook(lambda m, args: seen.append(m.in_proj_weight.detach().clone()))
+    MHA.run(model)
+    module = adapter.modules["lora/visual.transformer.resblocks.0.attn.in_proj_weight"]
+    want = (attn._parameters["in_proj_weight"].float() + module.B @ module.A).bfloat16()
+    assert torch.equal(seen[0], want)
+
+
+# -- 2: merging, tied and parametrised parameters ----------------------------------------------------------------
+
+
+def test_merging_several_in_any_order_always_starts_from_the_pristine_rows() -> None:
+    model = VIT.model().bfloat16()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    whole = vm.adapt(model, vm.LoRA(sites=("attn.qkv",)), name="whole")
+    part = vm.adapt(model, vm.LoRA(sites=("attn.q", "mlp.up")), name="part")
+    tune = vm.adapt(model, vm.Tune(sites=("bias",)), name="tune")
+    for adapter in (whole, part, tune):
+        shake(adapter)
+    for adapter in (whole, part, tune):
+        adapter.merge()
+    together = {k: v.clone() for k, v in model.state_dict().items()}
+    whole.unmerge()
+    part.scale = 0.5
+    tune.enabled = False
+    whole.merge()
+    part.scale = 1
+    tune.enabled = True
+    assert all(torch.equal(v, together[k]) for k, v in model.state_dict().items())
+    for adapter in (whole, tune, part):
+        adapter.unmerge()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_detach_keep_bakes_one_adapter_and_leaves_the_other_removable() -> None:
+    model, twin = VIT.model(), VIT.model()
+    a = vm.adapt(model, vm.LoRA(sites=("attn.q",)), name="a", seed=1)
+    b = vm.adapt(model, vm.LoRA(sites=("attn.qkv",)), name="b", seed=2)
+    shake(a)
+    shake(b)
+    alone = vm.adapt(twin, vm.LoRA(sites=("attn.qkv",)), name="b", seed=2)
+    shake(alone)
+    alone.merge()
+    a.merge()
+    b.merge()
+    b.detach(keep=True)
+    assert a.merged
+    a.detach()
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_parameter_in_two_places_is_one_target() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 5)
+            self.out = nn.Linear(5, 7, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.embed(x).tanh())
+
+    torch.manual_seed(0)
+    model = Tied()
+    table = {Tied: (vm.Weight("embed.tokens", "embed.weight"), vm.Weight("out", "out.weight"))}
+    adapter = vm.adapt(model, vm.LoRA(sites=("embed.tokens",), rank=2), sites=table)
+    shake(adapter, 0.3)
+    x = torch.arange(7)
+    (module,) = adapter.modules.values()
+    W = model.embed.weight + module.B @ module.A
+    assert close(model(x), W[x].tanh() @ W.T, 1e-6)
+    live = model(x)
+    adapter.merge()
+    assert close(model(x), live, 1e-6)
+    assert model.out.weight is model.embed.weight
+
+
+def test_a_parametrised_parameter_raises() -> None:
+    net = Net(parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(vm.InputError, match="remove_parametrizations"):
+        vm.adapt(net, vm.LoRA(sites=("w",)), sites=TABLE)
+
+
+# -- 3: checkpointing ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [VIT, MHA], ids=["update", "shadow"])
+def test_changing_adapters_before_a_recomputing_backward_raises(case: object) -> None:
+    model = VIT.model() if case is VIT else MHA.model()
+    case.checkpoint(model.train())  # type: ignore[attr-defined]
+    adapter = vm.adapt(model, lora(model))
+    loss = case.run(model).square().mean()  # type: ignore[attr-defined]
+    adapter.scale = 0.5
+    with pytest.raises(RuntimeError, match="adapters changed between forward and backward"):
+        loss.backward()
+
+
+def test_a_look_at_the_base_between_forward_and_backward_is_fine() -> None:
+    model = VIT.model().train()
+    VIT.checkpoint(model)  # type: ignore[misc]
+    adapter = vm.adapt(model, vm.LoRA())
+    shake(adapter)
+    y = VIT.run(model)
+    with adapter.disabled(), torch.no_grad():
+        y0 = VIT.run(model)
+    (y - y0).square().mean().backward()
+    got = [p.grad.clone() for p in adapter.parameters()]
+    model.set_grad_checkpointing(False)
+    for p in adapter.parameters():
+        p.grad = None
+    (VIT.run(model) - y0).square().mean().backward()
+    assert all(close(g, p.grad, 1e-5) for g, p in zip(got, adapter.parameters(), strict=True))
+
+
+def test_reentrant_checkpointing_too() -> None:
+    torch.manual_seed(0)
+    net = Net(nn.Linear(4, 4))
+    adapter = vm.adapt(net, vm.LoRA(sites=("w",), rank=2), sites=TABLE)
+    x = fixed(3, 4).requires_grad_()
+    checkpoint(net, x, use_reentrant=True).sum().backward()
+    assert adapter.unused() == []
+
+
+# -- 4: several models --------------------------------------------------------------------------------------------
+
+
+def test_one_adapter_on_two_models_is_one_file(tmp_path: Path) -> None:
+    unet, text = BY_NAME["diffusers-SD1.5"], BY_NAME["transformers-CLIPText"]
+    models = {"unet": unet.model(), "text_encoder": text.model()}
+    adapter = vm.adapt(models, vm.LoRA(sites=("attn.*", "xattn.*")), name="dog", seed=0)
+    shake(adapter)
+    assert {k.partition("/")[2].partition(".")[0] for k in adapter.modules} == {"unet", "text_encoder"}
+    y = [unet.run(models["unet"]), text.run(models["text_encoder"])]
+    vm.save(adapter, tmp_path / "dog.safetensors")
+    fresh = {"unet": unet.model(), "text_encoder": text.model()}
+    loaded = vm.load(fresh, tmp_path / "dog.safetensors")
+    assert loaded.name == "dog"
+    assert torch.equal(unet.run(fresh["unet"]), y[0])
+    assert torch.equal(text.run(fresh["text_encoder"]), y[1])
+    vm.use(fresh)
+    assert not torch.equal(unet.run(fresh["unet"]), y[0])
+    with pytest.raises(vm.InputError, match="'unet', 'text_encoder'"):
+        vm.load(unet.model(), tmp_path / "dog.safetensors")
+
+
+# -- 5: shadows ---------------------------------------------------------------------------------------------------
+
+
+def test_a_second_thread_in_a_shadowed_model_raises() -> None:
+    model = MHA.model().requires_grad_(False)
+    shake(vm.adapt(model, vm.LoRA()))
+    inside, go = threading.Event(), threading.Event()
+    block = model.visual.transformer.resblocks[0]
+
+    def wait(*_: object) -> None:
+        inside.set()
+        go.wait(10)
+
+    handle = block.attn.register_forward_pre_hook(wait)
+    first = threading.Thread(target=MHA.run, args=(model,))
+    first.start()
+    inside.wait(10)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="two threads run this model"):
+        MHA.run(model)
+    go.set()
+    first.join()
+    MHA.run(model)
+
+
+def test_a_shadow_left_by_an_interrupt_is_dropped() -> None:
+    model = MHA.model()
+    adapter = vm.adapt(model, vm.LoRA())
+    shake(adapter)
+    y = MHA.run(model)
+    attn = model.visual.transformer.resblocks[0].attn
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = attn.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        MHA.run(model)
+    handle.remove()
+    assert torch.equal(MHA.run(model), y)
+
+
+def test_an_exception_inside_leaves_no_shadow() -> None:
+    model = MHA.model()
+    adapter = vm.adapt(model, vm.LoRA())
+    attn = model.visual.transformer.resblocks[0].attn
+    with pytest.raises(AssertionError):
+        attn(*[torch.zeros(1, 2, 7)] * 3)
+    assert "in_proj_weight" not in attn.__dict__
+    adapter.detach()
+
+
+# -- 6: dead sites ------------------------------------------------------------------------------------------------
+
+
+def test_surgery_after_the_fact_is_found() -> None:
+    case = BY_NAME["diffusers-SD1.5"]
+    model = case.model()
+    adapter = vm.adapt(model, vm.LoRA(sites=("attn.q", "conv")))
+    case.run(model).sum().backward()
+    assert adapter.unused() == []
+    model.fuse_qkv_projections()
+    for p in adapter.parameters():
+        p.grad = None
+    case.run(model).sum().backward()
+    assert adapter.unused() == [k for k in adapter.modules if "to_q" in k]
+
+
+def test_zero_gradient_of_A_at_the_first_step_is_not_death() -> None:
+    model = VIT.model()
+    adapter = vm.adapt(model, vm.LoRA())
+    VIT.run(model).sum().backward()
+    assert not any(m.A.grad.any() for m in adapter.modules.values())
+    assert adapter.unused() == []
+
+
+# -- 7: frozen ----------------------------------------------------------------------------------------------------
+
+
+def test_batch_norm_statistics_are_base_values() -> None:
+    case = BY_NAME["timm-resnet18"]
+    model = case.model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    adapter = vm.adapt(model, vm.Tune(sites=("norm",)))
+    model.train()
+    case.run(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    adapter.detach()
+    model.train()
+    case.run(model)
+    assert not torch.equal(model.state_dict()["bn1.running_mean"], before["bn1.running_mean"])
+
+
+def test_who_requires_gradients(tmp_path: Path) -> None:
+    model = VIT.model()
+    model.patch_embed.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    a = vm.adapt(model, vm.LoRA(), name="a")
+    b = vm.adapt(model, vm.LoRA(), name="b")
+    vm.save(b, tmp_path / "b.safetensors")
+    c = vm.load(model, tmp_path / "b.safetensors", name="c")
+    d = vm.load(model, tmp_path / "b.safetensors", name="d", trainable=True)
+
+    def wants(adapter: vm.Adapter) -> bool:
+        return all(p.requires_grad for p in adapter.parameters())
+
+    assert (wants(a), wants(b), wants(c), wants(d)) == (True, True, False, True)
+    vm.use(model, "b", "c")  # DDP wants no parameter that takes no part
+    assert (wants(a), wants(b), wants(c), wants(d)) == (False, True, False, False)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n in before)
+    for adapter in (a, b, c, d):
+        adapter.detach()
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+# -- 8: transformers' own hooks -----------------------------------------------------------------------------------
+
+
+def test_recorded_hidden_states_are_the_adapted_ones() -> None:
+    case = BY_NAME["transformers-ViT"]
+    model = case.model()
+    adapter = vm.adapt(model, vm.LoRA(sites=("attn.*", "mlp.*")))
+    shake(adapter)
+    x = fixed(2, 3, 32, 32)
+    live = model(x, output_hidden_states=True).hidden_states
+    adapter.merge()
+    assert all(close(a, b) for a, b in zip(live, model(x, output_hidden_states=True).hidden_states, strict=True))
+
+
+# -- 9: wrappers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (lambda m: torch.compile(m), "_orig_mod"),
+        (lambda m: nn.DataParallel(m), r"\.module"),
+        (lambda m: cpu_offload(m), "before any offloading"),
+    ],
+    ids=["compile", "DataParallel", "offload"],
+)
+def test_wrapped_models_raise_with_what_to_do(wrap: Callable[[nn.Module], nn.Module], says: str) -> None:
+    with pytest.raises(vm.InputError, match=says):
+        vm.adapt(wrap(VIT.model()), vm.LoRA())
+
+
+def test_an_adapter_left_on_another_device_is_caught_when_called() -> None:
+    model = VIT.model()
+    adapter = vm.adapt(model, vm.LoRA())
+    for module in adapter.modules.values():
+        module.to("meta")
+    with pytest.raises(RuntimeError, match="another device"):
+        VIT.run(model)
+
+
+# -- 10, 12, 13: errors that name the fix -------------------------------------------------------------------------
+
+
+def test_errors_say_what_was_given_what_there_is_and_what_to_write() -> None:
+    model = VIT.model()
+    cases: list[tuple[object, str]] = [
+        (vm.LoRA(sites=("attn.qq",)), "no site of kind 'attn.qq'.*offers attn, attn.k.*did you mean 'attn.q'"),
+        (vm.LoRA(where="blokcs.*"), "where='blokcs.*' matches none.*blocks.0.attn.qkv"),
+        (vm.LoRA(layers=slice(7, 9)), r"layers=slice\(7, 9, None\) selects nothing.*2"),
+        (vm.LoRA(sites=("attn.q", "attn.qkv")), "blocks.0.attn.qkv.*overlap"),
+        (vm.LoRA(sites=("norm",)), r"needs a matrix.*Tune\(sites=\('norm',\)\)"),
+        ([], "no method given"),
+    ]
+    for method, says in cases:
+        with pytest.raises(vm.InputError, match=says):
+            vm.adapt(model, method)  # type: ignore[arg-type]
+        assert "_vismodal" not in model._modules
+        assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(vm.InputError, match="reset_classifier"):
+        vm.adapt(timm.create_model("test_vit", num_classes=0), vm.Tune())
+    with pytest.raises(vm.InputError, match=r"Net is of no known family.*sites=\{"):
+        vm.adapt(Net(nn.Linear(3, 3)), vm.LoRA())
+    vm.adapt(model, vm.LoRA(), name="a")
+    with pytest.raises(vm.InputError, match="has an adapter 'a' already"):
+        vm.adapt(model, vm.LoRA(), name="a")
+    with pytest.raises(vm.InputError, match="no adapter 'b' on this model, which has a"):
+        vm.use(model, "b")
+
+
+def test_where_and_layers_choose_modules() -> None:
+    model = MHA.model()
+    last = vm.adapt(model, vm.LoRA(layers=slice(-1, None)), name="last")
+    assert {k.split("resblocks.")[1][0] for k in last.modules} == {"1"}
+    assert len(last.modules) == 4  # q and v of the last block of both towers
+    image = vm.adapt(model, vm.LoRA(where="visual.*"), name="image")
+    assert all(k.startswith("lora/visual.") for k in image.modules)
+    globs = vm.adapt(model, vm.LoRA(sites=("attn.*",)), name="globs")
+    assert not any(k.endswith("in_proj_weight") for k in globs.modules)  # a glob never takes the whole beside the parts
+
+
+def test_files_that_do_not_fit(tmp_path: Path) -> None:
+    model = VIT.model()
+    adapter = vm.adapt(model, [vm.LoRA(rank=2), vm.Tune(sites=("head",))])
+    path = vm.save(adapter, tmp_path / "a.safetensors", {"prompt": "a photo"})
+    deeper = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, depth=3, embed_dim=24, num_heads=3)
+    other_head = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=7, depth=2, embed_dim=24, num_heads=3
+    )
+    with pytest.raises(vm.InputError, match="made on vit_tiny_patch16_224.*other parameter names or shapes"):
+        vm.load(deeper, path)
+    with (
+        pytest.warns(UserWarning, match="same shapes, other values"),
+        pytest.raises(vm.InputError, match=r"tune/head.*7"),
+    ):
+        vm.load(other_head, path)
+    for unchanged in (deeper, other_head):
+        assert "_vismodal" not in unchanged._modules
+    plain = tmp_path / "plain.safetensors"
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, plain)
+    with pytest.raises(vm.InputError, match=r"was not written by vismodal\.save"):
+        vm.load(model, plain)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(vm.InputError, match="no whole safetensors file"):
+        vm.load(model, path)
+    with pytest.raises(vm.InputError, match="no adapter file"):
+        vm.load(model, tmp_path / "missing.safetensors")
+
+
+def test_the_base_is_the_same_in_another_precision_or_with_another_head(tmp_path: Path) -> None:
+    model = VIT.model()
+    path = vm.save(vm.adapt(model, vm.LoRA(rank=2)), tmp_path / "a.safetensors")
+    half = VIT.model().bfloat16()
+    half.reset_classifier(9)
+    vm.load(half, path)  # no warning, which would be an error here
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = vm.adapt(VIT.model(), vm.LoRA(rank=2))
+    path = vm.save(adapter, tmp_path / "a.safetensors")
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vismodal.checkpoint.os.replace", full)
+    shake(adapter)
+    with pytest.raises(OSError, match="No space left"):
+        vm.save(adapter, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# -- the rest -----------------------------------------------------------------------------------------------------
+
+
+def test_seed_draws_the_same_start_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    want = torch.rand(1)
+    torch.manual_seed(5)
+    starts = [vm.adapt(VIT.model(), vm.LoRA(), seed=3).state_dict() for _ in range(2)]
+    torch.manual_seed(5)
+    vm.adapt(VIT.model.__get__(VIT)(), vm.LoRA(), seed=4)
+    assert all(torch.equal(v, starts[1][k]) for k, v in starts[0].items())
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(2, 2))
+    vm.adapt(model, vm.LoRA(sites=("w",), rank=1), seed=4, sites={nn.Linear: (vm.Weight("w", "weight"),)})
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), want)
+
+
+def test_a_sequential_root_runs_with_its_bank() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    adapter = vm.adapt(model, vm.LoRA(sites=("w",), rank=1), sites={nn.Linear: (vm.Weight("w", "weight"),)})
+    x = fixed(2, 3)
+    model(x).sum().backward()
+    shake(adapter)
+    y = model(x)
+    adapter.merge()
+    assert close(model(x), y, 1e-6)
+
+
+def test_parameters_move_with_the_model_and_stay_out_of_its_state() -> None:
+    model = VIT.model()
+    keys = list(model.state_dict())
+    adapter = vm.adapt(model, vm.LoRA(), name="a")
+    assert list(model.state_dict()) == keys
+    names = [n for n, _ in model.named_parameters() if "_vismodal" in n]
+    assert len(names) == len(list(adapter.parameters()))
+    assert all(model.get_parameter(n) is p for n, p in model.named_parameters())
+    model.double()
+    assert {p.dtype for p in adapter.parameters()} == {torch.float64}
+    model.train()
+    assert all(m.training for m in adapter.modules.values())
+
+
+def test_tables_print() -> None:
+    model = VIT.model()
+    adapter = vm.adapt(model, [vm.LoRA(rank=2), vm.Tune()], name="pets")
+    text = str(adapter)
+    assert "adapter 'pets' on vit_tiny_patch16_224: " in text
+    assert f"{adapter.num_parameters:,} parameters" in text
+    assert "blocks.1.attn.qkv:v" in text
+    assert "LoRA, Tune" in str(vm.sites(model))
+    assert "294,912" in str(vm.methods())
+    assert "UNet2DConditionModel" in str(vm.families())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_case_has_the_core_kinds(case: object) -> None:
+    kinds = {s.kind for s in vm.sites(case.model())}  # type: ignore[attr-defined]
+    conv = any(name in case.name for name in ("resn", "convnext"))  # type: ignore[attr-defined]
+    assert {"norm", "bias"} | ({"conv"} if conv else {"attn.q", "attn.k", "attn.v", "attn.out", "mlp.down"}) <= kinds

@@ -1,0 +1,1 @@
+"""Pictures in, tensors out: photo folders (`photos`), their captions (`captions`) and the drawn example (`subject`)."""
