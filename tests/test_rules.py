@@ -390,7 +390,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     other_head = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, num_classes=7, depth=2, embed_dim=24, num_heads=3
     )
-    with pytest.raises(vm.InputError, match="made on vit_tiny_patch16_224.*other parameter names or shapes"):
+    with pytest.raises(vm.InputError, match=r"made on vit_tiny_patch16_224.*other parameter names or shapes"):
         vm.load(deeper, path)
     with (
         pytest.warns(UserWarning, match="same shapes, other values"),

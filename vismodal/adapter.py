@@ -20,7 +20,7 @@ from vismodal.errors import InputError
 from vismodal.families import table as family_table
 from vismodal.fingerprint import Fingerprint, fingerprint
 from vismodal.methods import METHODS, Method
-from vismodal.ports import WeightPort
+from vismodal.ports import SpanPort, WeightPort
 from vismodal.site import Site, Sites, Table, discover, select
 
 Models = nn.Module | Mapping[str, nn.Module]
@@ -105,7 +105,7 @@ class Adapter:
         for model in self.models.values():
             if rebake:
                 for port in bank_of(model).ports.values():
-                    port.set([], [])
+                    port.set((), ())
             bank_of(model).refresh()
 
     @property
@@ -132,6 +132,9 @@ class Adapter:
 
     @scale.setter
     def scale(self, scale: float) -> None:
+        fixed = [type(m).__name__ for m in self.methods.values() if not m.interpolates]
+        if fixed and scale not in (0, 1):
+            raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
 
     @property
@@ -318,18 +321,18 @@ def _attach(bank: Bank, name: str, methods: dict[str, Method], built: list[tuple
     bank.attached[name] = Attached(name, methods, kinds, modules)
     bank.attached[name].tree.train(bank.training)
     for slot, site, module in built:
-        port = bank.ports.setdefault(site.target, WeightPort(site.places))
+        if site.target not in bank.ports:
+            bank.ports[site.target] = WeightPort(site) if site.span is None else SpanPort(site)
+        port = bank.ports[site.target]
         port.add(name, f"{slot}/{site.key}", module, site)
 
 
 def _detach(model: nn.Module, name: str, keep: bool) -> None:
     bank = bank_of(model)
     for target, port in list(bank.ports.items()):
-        if keep:  # other merged adapters step aside, so that only this one becomes part of the base
-            port.set([], [e for e in port.baked if e[0] == name])
-            port.forget()
-        else:
-            port.set([], [])
+        if keep:
+            port.keep(name)
+        port.set((), ())
         port.remove(name)
         if not port.entries:
             del bank.ports[target]

@@ -11,7 +11,7 @@ from torch import nn
 from vismodal.errors import InputError
 from vismodal.fingerprint import fingerprint
 from vismodal.methods import Method
-from vismodal.ports import FrozenStatistics, WeightPort
+from vismodal.ports import FrozenStatistics, Port
 
 BANK = "_vismodal"  # attribute of the model
 
@@ -29,7 +29,7 @@ class Bank(nn.Module):
         self.heads = heads
         self.base = fingerprint(model, heads)
         self.attached: dict[str, Attached] = {}
-        self.ports: dict[str, WeightPort] = {}
+        self.ports: dict[str, Port] = {}
         self.active: tuple[str, ...] = ()
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
@@ -70,8 +70,8 @@ class Bank(nn.Module):
     def refresh(self) -> None:
         """Hand every port the adapters that act on it, and let only those that do require gradients."""
         order = [self.attached[name] for name in self.active]
-        live = [(a.name, a.scale) for a in order if a.enabled and a.scale and not a.merged]
-        merged = [(a.name, a.scale) for a in order if a.enabled and a.scale and a.merged]
+        live = tuple((a.name, a.scale) for a in order if a.enabled and a.scale and not a.merged)
+        merged = tuple((a.name, a.scale) for a in order if a.enabled and a.scale and a.merged)
         for port in self.ports.values():
             port.set(live, merged)
 

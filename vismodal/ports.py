@@ -3,7 +3,8 @@
 A `WeightPort` stands on one parameter (with its bias) and holds the modules of every adapter on it, in order. Where the
 parameter's own layer is called and all modules have an `update`, they act on that layer's output. Otherwise the port
 *shadows*: while the reading module runs, W' stands in the owner's `__dict__`, where attribute look-up finds it before
-the parameter. Base parameters, classes and state-dict keys never change.
+the parameter. A `SpanPort` stands on a stretch of the model, from one module's input to another's output.
+Base parameters, classes and state-dict keys never change.
 
 Hooks are bound methods of ports, so that `deepcopy` and `pickle` of a model take its adapters along.
 """
@@ -11,47 +12,21 @@ Hooks are bound methods of ports, so that `deepcopy` and `pickle` of a model tak
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vismodal.methods.base import Part, WeightModule
+from vismodal.methods.base import SpanModule
 from vismodal.site import Place, Range, Site
+from vismodal.weights import Entry, Group, compute, region, rows
 
-Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
-
-
-@dataclass(eq=False)
-class Entry:
-    """One module of one adapter on a port."""
-
-    adapter: str
-    key: str
-    module: nn.Module
-    slot: str
-    range: Range | None
-    axis: int
-    ran: bool = False
-
-
-@dataclass(eq=False)
-class Group:
-    """What one adapter does on one port: its entries, together."""
-
-    entries: tuple[Entry, ...]
-    scale: float
-    cls: type[WeightModule] = field(init=False)
-    parts: tuple[Part, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.cls = type(self.entries[0].module)  # type: ignore[assignment]
-        self.parts = tuple(Part(e.module, e.range, e.axis) for e in self.entries)
+State = tuple[tuple[str, float], ...]  # adapters in order, each with its scale
 
 
 class Recompute:
@@ -62,17 +37,18 @@ class Recompute:
     """
 
     def __init__(self) -> None:
-        self.seen: set[tuple[tuple[str, float], ...]] = set()
+        self.seen: deque[State] = deque(maxlen=16)
         self.recomputed = False
 
-    def check(self, state: tuple[tuple[str, float], ...]) -> None:
+    def check(self, state: State) -> None:
         if torch.compiler.is_compiling():
             return
         if torch._C._current_graph_task_id() == -1:
             if self.recomputed:
                 self.seen.clear()
                 self.recomputed = False
-            self.seen.add(state)
+            if state not in self.seen:
+                self.seen.append(state)
         elif self.seen and state not in self.seen:
             raise RuntimeError(
                 f"adapters changed between forward and backward of a checkpointed model: now {_show(state)}, in the "
@@ -82,68 +58,93 @@ class Recompute:
             self.recomputed = True
 
 
-def _show(state: tuple[tuple[str, float], ...]) -> str:
+def _show(state: State) -> str:
     return ", ".join(f"{name} at scale {scale:g}" for name, scale in state) or "none"
 
 
-class WeightPort:
-    """Everything that acts on one parameter and its bias."""
+class Port:
+    """The modules of all adapters on one target, and which of them act just now."""
 
-    def __init__(self, places: Sequence[Place]):
-        self.places = tuple(places)
+    def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.live: tuple[Group, ...] = ()
-        self.state: tuple[tuple[str, float], ...] = ()
+        self.state: State = ()
         self.recompute = Recompute()
         self.handles: list[RemovableHandle] = []
-        self.pristine: list[tuple[str, int, Range | None, Tensor]] = []  # copies of the rows that merging replaced
-        self.baked: tuple[tuple[str, float], ...] = ()
-        self.thread = 0
-
-    # -- set-up --
 
     def add(self, adapter: str, key: str, module: nn.Module, site: Site) -> None:
         self.entries.append(Entry(adapter, key, module, site.slot, site.range, site.axis))
-        self._hook()
+        self._rehook()
 
     def remove(self, adapter: str) -> None:
         self.entries = [e for e in self.entries if e.adapter != adapter]
-        self._hook()
+        self._rehook()
 
-    def _hook(self) -> None:
+    def _rehook(self) -> None:
         """Hooks are made only when modules come or go; switching and scaling change plain state."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
-        if not self.entries:
-            return
+        self.handles = list(self._hooks()) if self.entries else []
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        raise NotImplementedError
+
+    def set(self, active: State, merged: State) -> None:
+        """Which adapters act, in this order and at which scale: computed live, or baked into the parameters."""
+        self.live = tuple(self._groups(active))
+        self.state = tuple((g.entries[0].adapter, g.scale) for g in self.live)
+
+    def _groups(self, active: State) -> Iterator[Group]:
+        """Entries by adapter in the order given, split where the method changes (a list of them)."""
+        for name, scale in active:
+            mine = [e for e in self.entries if e.adapter == name]
+            for _, entries in groupby(mine, key=lambda e: (type(e.module), e.key.partition("/")[0])):
+                yield Group(tuple(entries), scale)
+
+    def keep(self, adapter: str) -> None:
+        """Make what a merged adapter wrote the new base; other merged ones step aside."""
+
+    def _mark(self, x: Tensor | None) -> None:
+        for group in self.live:
+            for entry in group.entries:
+                entry.ran = True
+        first = self.live[0].entries[0]
+        if x is not None and next(first.module.parameters(), x).device != x.device:
+            raise RuntimeError(
+                f"{first.key}: the adapter lies on another device than its input on {x.device}; "
+                "move the whole model with model.to(...), and adapt before any offloading"
+            )
+
+
+class WeightPort(Port):
+    """Everything that acts on one parameter and its bias."""
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.places = site.places
+        self.pristine: list[tuple[str, int, Range | None, Tensor]] = []  # copies of the rows that merging replaced
+        self.baked: State = ()
+        self.thread = 0
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
         for place in self.places:
             if self._is_fast(place):
                 # prepended: transformers records outputs with forward hooks of its own
-                self.handles.append(place.reader.register_forward_hook(self._update, prepend=True, with_kwargs=True))
+                yield place.reader.register_forward_hook(self._update, prepend=True, with_kwargs=True)
             else:
-                self.handles.append(place.reader.register_forward_pre_hook(self._enter))
-                self.handles.append(place.reader.register_forward_hook(self._leave, prepend=True, always_call=True))
+                yield place.reader.register_forward_pre_hook(self._enter)
+                yield place.reader.register_forward_hook(self._leave, prepend=True, always_call=True)
 
     def _is_fast(self, place: Place) -> bool:
         modules = [e.module for e in self.entries]
         return place.reader is place.owner and all(m.can_update(place.owner) for m in modules)  # type: ignore[operator]
 
-    def set(self, active: Sequence[tuple[str, float]], merged: Sequence[tuple[str, float]]) -> None:
-        """Which adapters act, in this order and at which scale: computed live, or baked into the parameters."""
-        self.live = tuple(self._groups(active))
-        self.state = tuple((g.entries[0].adapter, g.scale) for g in self.live)
+    def set(self, active: State, merged: State) -> None:
+        super().set(active, merged)
         here = {e.adapter for e in self.entries}
         baked = tuple((name, scale) for name, scale in merged if name in here)
         if baked != self.baked:
             self._bake(baked)
-
-    def _groups(self, active: Sequence[tuple[str, float]]) -> Iterator[Group]:
-        """Entries by adapter in the order given, split where the class of module changes (a list of methods)."""
-        for name, scale in active:
-            mine = [e for e in self.entries if e.adapter == name]
-            for _, entries in groupby(mine, key=lambda e: (type(e.module), e.key.partition("/")[0])):
-                yield Group(tuple(entries), scale)
 
     # -- live: on the output, or as a shadow --
 
@@ -172,7 +173,7 @@ class WeightPort:
         shadow = place.owner.__dict__
         shadow.pop(place.weight, None)  # a KeyboardInterrupt skips always_call hooks: drop what one may have left
         W, b = _get(place, place.weight), _get(place, place.bias)
-        W2, b2 = self.compute(W, b, self.live)
+        W2, b2 = compute(W, b, self.live)
         if W2 is not W and W2 is not None:
             shadow[place.weight] = W2
         if place.bias is not None and b2 is not b:
@@ -199,30 +200,7 @@ class WeightPort:
             )
         self.thread = me
 
-    def _mark(self, x: Tensor | None) -> None:
-        for group in self.live:
-            for entry in group.entries:
-                entry.ran = True
-        if x is not None and next(self.live[0].entries[0].module.parameters()).device != x.device:
-            raise RuntimeError(
-                f"{self.live[0].entries[0].key}: the adapter lies on another device than its input on {x.device}; "
-                "move the whole model with model.to(...), and adapt before any offloading"
-            )
-
-    # -- the truth: W', b' --
-
-    def compute(self, W: Tensor | None, b: Tensor | None, groups: Sequence[Group]) -> Pair:
-        """W', b' of all groups in order, at least fp32 throughout and rounded once; unchanged ones as they came."""
-        W1, b1 = _wide(W), _wide(b)
-        W2, b2 = W1, b1
-        device = next(t for t in (W, b) if t is not None).device.type
-        with torch.autocast(device, enabled=False):
-            for group in groups:
-                for entry in group.entries:
-                    W2, b2 = _apply(entry, group.scale, W2, b2)
-        return (W if W2 is W1 else _as(W2, W)), (b if b2 is b1 else _as(b2, b))
-
-    def _bake(self, merged: tuple[tuple[str, float], ...]) -> None:
+    def _bake(self, merged: State) -> None:
         """Put the pristine rows back, then write W' of the merged adapters over them, keeping copies of the rows."""
         place = self.places[0]
         W, b = _get(place, place.weight), _get(place, place.bias)
@@ -232,70 +210,89 @@ class WeightPort:
         entries = [e for g in groups for e in g.entries]
         with torch.no_grad(), _deterministic(e.module for e in entries):
             for slot, axis, range_, copy in self.pristine:
-                _rows(W if slot == "weight" else b, axis, range_).copy_(copy)
+                rows(W if slot == "weight" else b, axis, range_).copy_(copy)
             self.pristine, self.baked = [], ()
-            W2, b2 = self.compute(W, b, groups)
+            W2, b2 = compute(W, b, groups)
             for old, new, slot in ((W, W2, "weight"), (b, b2, "bias")):
                 if new is old or new is None:
                     continue
                 if old is None:
                     raise RuntimeError(f"{entries[0].key}: cannot merge, the layer has no {slot}; keep it live")
-                for region in {_region(e, slot) for e in entries}:
-                    self.pristine.append((slot, *region, _rows(old.detach(), *region).clone()))
+                for axis, range_ in {region(e, slot) for e in entries}:
+                    self.pristine.append((slot, axis, range_, rows(old.detach(), axis, range_).clone()))
                 old.copy_(new)
         self.baked = merged
 
-    def forget(self) -> None:
-        """What is baked in becomes the base, for `detach(keep=True)`."""
+    def keep(self, adapter: str) -> None:
+        self.set((), tuple(e for e in self.baked if e[0] == adapter))
         self.pristine, self.baked = [], ()
 
 
-def _apply(entry: Entry, scale: float, W: Tensor | None, b: Tensor | None) -> Pair:
-    """One module on its range of W and of b, interpolated by `scale` between before and after."""
-    (w_axis, w_range), (b_axis, b_range) = _region(entry, "weight"), _region(entry, "bias")
-    Wp, bp = _rows(W, w_axis, w_range), _rows(b, b_axis, b_range)
-    W2, b2 = entry.module(Wp, bp)
-    W = W if W2 is Wp else _put(W, _lerp(Wp, W2, scale), w_axis, w_range)
-    b = b if b2 is bp else _put(b, _lerp(bp, b2, scale), b_axis, b_range)
-    return W, b
+class SpanPort(Port):
+    """Everything that acts on the stream between one module's input and another's output, with taps in between.
+
+    Enters run in order, exits in reverse. An exit acts only after its own enter: a module may run elsewhere too
+    (dropout in transformers' ViT runs twice a block). What a module keeps from enter to exit lives in a context that
+    is made anew each time, so that recomputing a block repeats and never adds.
+    """
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.modules = dict(site.modules)
+        self.open: list[tuple[Group, SpanModule, dict[str, Any]]] | None = None
+
+    def _hooks(self) -> Iterator[RemovableHandle]:
+        yield self.modules["enter"].register_forward_pre_hook(self._enter, with_kwargs=True)
+        yield self.modules["exit"].register_forward_hook(self._exit, prepend=True)
+        for name, module in self.modules.items():
+            if name not in ("enter", "exit"):
+                yield module.register_forward_hook(self._tap, prepend=True)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        self.recompute.check(self.state)
+        self.open = None  # an exception may have left one
+        if not self.live:
+            return None
+        name = None if args else next(iter(kwargs))
+        x = kwargs[name] if name is not None else args[0]
+        self._mark(x)
+        self.open = []
+        for group in self.live:
+            for entry in group.entries:
+                context: dict[str, Any] = {}
+                span_module = cast(SpanModule, entry.module)
+                x = span_module.enter(x, context)
+                self.open.append((group, span_module, context))
+        return (args, {**kwargs, name: x}) if name is not None else ((x, *args[1:]), kwargs)
+
+    def _exit(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if self.open is None:
+            return None
+        opened, self.open = self.open, None
+        return _on_stream(out, lambda y: self._back(opened, y))
+
+    def _back(self, opened: list[tuple[Group, SpanModule, dict[str, Any]]], y: Tensor) -> Tensor:
+        for group, module, context in reversed(opened):
+            new = module.exit(y, context)
+            y = new if group.scale == 1 else torch.lerp(y, new, group.scale)
+        return y
+
+    def _tap(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if self.open is None:
+            return None
+        name = next(n for n, m in self.modules.items() if m is module)
+        for _, span_module, context in self.open:
+            out = _on_stream(out, lambda y, m=span_module, c=context: m.tap(name, y, c))  # type: ignore[misc]
+        return out
 
 
-def _region(entry: Entry, slot: str) -> tuple[int, Range | None]:
-    """Where an entry acts in the weight or in the bias: a range of rows covers both, one of columns has no bias."""
-    if slot == entry.slot or (slot == "bias" and entry.axis == 0):
-        return entry.axis, entry.range
-    return 0, None
-
-
-def _lerp(old: Tensor | None, new: Tensor, scale: float) -> Tensor:
-    if scale == 1:
-        return new
-    return torch.lerp(torch.zeros_like(new) if old is None else old, new, scale)
-
-
-def _put(whole: Tensor | None, new: Tensor, axis: int, range_: Range | None) -> Tensor:
-    """`whole` with the range replaced, out of place."""
-    if range_ is None or whole is None:
-        return new
-    start, stop = range_
-    after = whole.narrow(axis, stop, whole.shape[axis] - stop)
-    return torch.cat((whole.narrow(axis, 0, start), new.to(whole.dtype), after), axis)
-
-
-def _rows(t: Tensor | None, axis: int, range_: Range | None) -> Any:
-    return t if range_ is None or t is None else t.narrow(axis, range_[0], range_[1] - range_[0])
+def _on_stream(out: Any, act: Callable[[Tensor], Tensor]) -> Any:
+    """Applies to the stream, which is a module's output or the first of a tuple."""
+    return (act(out[0]), *out[1:]) if isinstance(out, tuple) else act(out)
 
 
 def _get(place: Place, name: str | None) -> nn.Parameter | None:
     return place.owner._parameters.get(name) if name else None
-
-
-def _wide(t: Tensor | None) -> Tensor | None:
-    return t if t is None else t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _as(t: Tensor | None, original: Tensor | None) -> Tensor | None:
-    return t if t is None or original is None else t.to(original.dtype)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -37,6 +37,22 @@ class WeightModule(nn.Module):
         raise NotImplementedError
 
 
+class SpanModule(nn.Module):
+    """Acts on the stream of tokens or features of a span; `context` lasts from an enter to its exit."""
+
+    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        """The stream where the span begins -> what the model goes on with."""
+        return x
+
+    def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
+        """The stream where the span ends -> what the model goes on with."""
+        return y
+
+    def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
+        """The output of the tapped module `name`, in between."""
+        return y
+
+
 class Built(NamedTuple):
     """One module per site, in the order given, and what they share (None for most methods)."""
 
@@ -61,6 +77,7 @@ class Method:
     survey: ClassVar[str]  # class in arXiv 2403.14608
     paper: ClassVar[str]
     mergeable: ClassVar[bool]
+    interpolates: ClassVar[bool] = True  # whether scales between 0 and 1 mean something
 
     def build(self, sites: Sequence[Site]) -> Built:
         """New modules for the bound sites. Raises `InputError` where the definition makes no sense."""
