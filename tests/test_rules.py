@@ -428,9 +428,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vismodal.checkpoint.os.replace", full)
+    monkeypatch.setattr("vismodal.files.os.replace", full)
     shake(adapter)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(vm.InputError, match=r"cannot write .*a.safetensors: No space left"):
         vm.save(adapter, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

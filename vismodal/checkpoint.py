@@ -7,8 +7,6 @@ model's name and fingerprint, besides what the caller adds. Tensor names are "sl
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -16,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vismodal.adapter import Adapter, Models, adapt
 from vismodal.errors import InputError
+from vismodal.files import write_tensors
 from vismodal.fingerprint import Fingerprint
 from vismodal.methods import METHODS, Method
 from vismodal.site import Table
@@ -29,7 +27,7 @@ FORMAT = "1"
 
 
 def save(adapter: Adapter, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write the adapter to one file, under a temporary name that is then renamed: whole or not at all.
+    """Write the adapter to one file: whole, or not at all (`InputError`, and an older file stays).
 
     Args:
         adapter: live or merged, on any device.
@@ -42,25 +40,7 @@ def save(adapter: Adapter, path: str | Path, metadata: Mapping[str, str] | None 
         "base": json.dumps({k: f._asdict() for k, f in adapter.bases.items()}, separators=(",", ":")),
         **(metadata or {}),
     }
-    tensors = {k: t.detach().contiguous().cpu() for k, t in adapter.state_dict().items()}
-    return write(tensors, path, header)
-
-
-def write(tensors: Mapping[str, Tensor], path: str | Path, header: Mapping[str, str]) -> Path:
-    """`save_file`, but never half a file under the final name, whatever interrupts it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    try:
-        save_file(dict(tensors), temporary, dict(header))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # safetensors reports a full disk as an error of its own
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return path
+    return write_tensors(Path(path), adapter.state_dict(), header)
 
 
 def load(
