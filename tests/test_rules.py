@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,14 @@ import timm
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from zoo import BY_NAME, CASES, close, fixed, lora, shake
 
 import vismodal as vm
+from vismodal.methods.base import Built, WeightModule
+from vismodal.site import Site
 
 VIT = BY_NAME["timm-vit_tiny_patch16_224"]
 MHA = BY_NAME["open_clip-CLIP"]
@@ -121,8 +126,72 @@ def test_a_parameter_in_two_places_is_one_target() -> None:
 
 def test_a_parametrised_parameter_raises() -> None:
     net = Net(parametrizations.weight_norm(nn.Linear(4, 4)))
-    with pytest.raises(vm.InputError, match="remove_parametrizations"):
+    with pytest.raises(vm.InputError, match=r"layer\.weight is computed from other parameters"):
         vm.adapt(net, vm.LoRA(sites=("w",)), sites=TABLE)
+
+
+class Gain(WeightModule):
+    """W' = 2 W, b' = b + 1: a bias also where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(4))
+
+    def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return None if W is None else 2 * W, self.one if b is None else b + self.one
+
+
+class Gained(vm.LoRA):
+    def build(self, sites: Sequence[Site]) -> Built:
+        return Built(tuple(Gain() for _ in sites))
+
+
+def test_a_merge_that_cannot_be_whole_writes_nothing() -> None:
+    net = Net(nn.Linear(4, 4, bias=False))
+    before = net.layer.weight.clone()
+    adapter = vm.adapt(net, Gained(sites=("w",)), sites=TABLE)
+    x = fixed(2, 4)
+    assert close(net(x), F.linear(x, 2 * before, torch.ones(4)), 1e-6)
+    with pytest.raises(RuntimeError, match="the layer has no bias"):
+        adapter.merge()
+    assert not adapter.merged
+    assert torch.equal(net.layer.weight, before)
+    adapter.detach()
+    assert torch.equal(net.layer.weight, before)
+
+
+def test_loading_a_base_under_a_merged_adapter_is_refused() -> None:
+    model = VIT.model()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    adapter = vm.adapt(model, vm.LoRA())
+    shake(adapter)
+    adapter.merge()
+    with pytest.raises(RuntimeError, match="hold the merged default: unmerge"):
+        model.load_state_dict(state)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with pytest.raises(RuntimeError, match="unmerge"):
+        copied.blocks[0].load_state_dict(model.blocks[0].state_dict())
+    adapter.unmerge()
+    model.load_state_dict(state)
+
+
+def test_keeping_an_adapter_that_is_off_is_refused() -> None:
+    model = VIT.model()
+    adapter = vm.adapt(model, vm.LoRA())
+    adapter.enabled = False
+    with pytest.raises(vm.InputError, match=r"is off, so keep=True would bake nothing"):
+        adapter.detach(keep=True)
+    assert vm.attached(model)
+
+
+def test_a_file_saved_beside_a_baked_adapter_still_loads(tmp_path: Path) -> None:
+    model = VIT.model()
+    baked, kept = (vm.adapt(model, vm.LoRA(), name=name) for name in ("baked", "kept"))
+    shake(baked)
+    baked.detach(keep=True)
+    path = vm.save(kept, tmp_path / "kept.safetensors", {"base": "anything"})  # our own entries win
+    kept.detach()
+    vm.load(model, path)
 
 
 # -- 3: checkpointing ---------------------------------------------------------------------------------------------
@@ -165,6 +234,21 @@ def test_reentrant_checkpointing_too() -> None:
     assert adapter.unused() == []
 
 
+def test_a_state_seen_without_gradients_is_no_way_back() -> None:
+    model = VIT.model().train()
+    VIT.checkpoint(model)  # type: ignore[misc]
+    adapter = vm.adapt(model, vm.LoRA())
+    shake(adapter)
+    adapter.scale = 0.5
+    with torch.no_grad():
+        VIT.run(model)
+    adapter.scale = 1
+    loss = VIT.run(model).mean()
+    adapter.scale = 0.5
+    with pytest.raises(RuntimeError, match="adapters changed"):
+        loss.backward()
+
+
 # -- 4: several models --------------------------------------------------------------------------------------------
 
 
@@ -201,7 +285,8 @@ def test_a_second_thread_in_a_shadowed_model_raises() -> None:
         go.wait(10)
 
     handle = block.attn.register_forward_pre_hook(wait)
-    first = threading.Thread(target=MHA.run, args=(model,))
+    outputs: list[Tensor] = []
+    first = threading.Thread(target=lambda: outputs.append(MHA.run(model)))
     first.start()
     inside.wait(10)
     handle.remove()
@@ -209,7 +294,7 @@ def test_a_second_thread_in_a_shadowed_model_raises() -> None:
         MHA.run(model)
     go.set()
     first.join()
-    MHA.run(model)
+    assert torch.equal(outputs[0], MHA.run(model))  # the refused thread took nothing from the first
 
 
 def test_a_shadow_left_by_an_interrupt_is_dropped() -> None:
@@ -237,6 +322,74 @@ def test_an_exception_inside_leaves_no_shadow() -> None:
         attn(*[torch.zeros(1, 2, 7)] * 3)
     assert "in_proj_weight" not in attn.__dict__
     adapter.detach()
+
+
+def test_a_shadow_left_by_an_interrupt_does_not_outlive_a_change() -> None:
+    changes: list[Callable[[nn.Module, vm.Adapter], object]] = [
+        lambda m, a: setattr(a, "enabled", False),
+        lambda m, a: a.merge(),
+        lambda m, a: a.detach(),
+        lambda m, a: vm.use(m),
+    ]
+    for change in changes:
+        model = MHA.model()
+        adapter = vm.adapt(model, vm.LoRA())
+        shake(adapter)
+        attn = model.visual.transformer.resblocks[0].attn
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        handle = attn.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            MHA.run(model)
+        handle.remove()
+        assert "in_proj_weight" in attn.__dict__  # else this test could not fail
+        change(model, adapter)
+        assert "in_proj_weight" not in attn.__dict__
+
+
+def test_two_ports_on_one_owner_keep_each_others_shadows() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 5)
+            self.out = nn.Linear(5, 7)
+            self.out.weight = self.embed.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.embed(x).tanh())
+
+    torch.manual_seed(0)
+    model = Tied()
+    table = {Tied: (vm.Weight("embed.tokens", "embed.weight"), vm.Weight("out.bias", "out.bias"))}
+    adapter = vm.adapt(model, vm.Tune(sites=("embed.tokens", "out.bias")), sites=table)
+    shake(adapter, 0.3)
+    live = model(torch.arange(7))
+    adapter.merge()
+    assert close(model(torch.arange(7)), live, 1e-6)
+
+
+def test_a_shared_weight_acts_at_each_of_its_readers() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.b = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.b.out_proj.weight = self.a.out_proj.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(*[self.a(x, x, x)[0]] * 3)[0]
+
+    torch.manual_seed(0)
+    model = Two().eval()
+    table = {Two: (vm.Span("block"),)}
+    adapter = vm.adapt(model, vm.LoRA(sites=("attn.out",), rank=2), sites=table)
+    shake(adapter, 0.3)
+    x = fixed(2, 3, 8)
+    live = model(x)
+    adapter.merge()
+    assert close(model(x), live, 1e-6)
 
 
 # -- 6: dead sites ------------------------------------------------------------------------------------------------
@@ -342,6 +495,81 @@ def test_an_adapter_left_on_another_device_is_caught_when_called() -> None:
         VIT.run(model)
 
 
+@pytest.mark.parametrize("part_first", [True, False])
+def test_a_part_and_its_whole_cannot_both_be_adapted(part_first: bool) -> None:
+    model = MHA.model()
+    first, second = (model.visual, model) if part_first else (model, model.visual)
+    adapter = vm.adapt(first, vm.LoRA(), name="first")
+    with pytest.raises(vm.InputError, match="is adapted"):
+        vm.adapt(second, vm.LoRA(), name="second")
+    assert all(p.requires_grad for p in adapter.parameters())
+
+
+def test_models_that_share_parameters_are_refused() -> None:
+    model = VIT.model()
+    with pytest.raises(vm.InputError, match="share parameters"):
+        vm.adapt({"a": model, "b": model}, vm.LoRA())
+
+
+@pytest.mark.parametrize("call", [vm.use, vm.attached])
+def test_using_or_listing_through_a_wrapper_raises(call: Callable[[nn.Module], object]) -> None:
+    model = VIT.model()
+    vm.adapt(model, vm.LoRA(), name="a")
+    with pytest.raises(vm.InputError, match=r"\.module"):
+        call(nn.DataParallel(model))
+
+
+def test_use_is_all_or_nothing() -> None:
+    models = {"u": VIT.model(), "t": BY_NAME["transformers-CLIPText"].model()}
+    vm.adapt(models, vm.LoRA(), name="both")
+    vm.adapt(models["u"], vm.LoRA(), name="one")
+    with pytest.raises(vm.InputError, match="'two'"):
+        vm.use(models, "one", "two")
+    with pytest.raises(vm.InputError, match="named twice"):
+        vm.use(models, "one", "one")
+    assert models["u"]._modules["_vismodal"].active == ("both", "one")
+    vm.use(models, "one")
+    assert models["t"]._modules["_vismodal"].active == ()
+
+
+def test_an_adapter_found_on_one_of_its_models_can_be_saved_for_it(tmp_path: Path) -> None:
+    models = {"u": VIT.model(), "t": BY_NAME["transformers-CLIPText"].model()}
+    vm.adapt(models, vm.LoRA(), name="both")
+    path = vm.save(vm.attached(models["u"])["both"], tmp_path / "u.safetensors")
+    vm.load({"u": VIT.model()}, path)
+
+
+def test_a_computed_weight_is_named_not_skipped() -> None:
+    model = VIT.model()
+    prune.random_unstructured(model.blocks[0].attn.qkv, "weight", 0.5)
+    assert "computed from other parameters" in str(vm.sites(model))
+    with pytest.raises(vm.InputError, match=r"blocks\.0\.attn\.qkv\.weight is computed"):
+        vm.adapt(model, vm.LoRA())
+
+
+def test_a_quantised_weight_is_refused() -> None:
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(vm.InputError, match="floating-point matrix"):
+        vm.adapt(Net(Packed()), vm.LoRA(sites=("w",)), sites=TABLE)
+    net = Net(Packed())
+    with pytest.raises(vm.InputError, match="quantised"):
+        vm.adapt(net, Gained(sites=("w.bias",)), sites=TABLE)
+    assert "_vismodal" not in net._modules
+
+
+def test_two_ranges_of_one_kind_are_two_sites() -> None:
+    table = {Net: (vm.Weight("expert", "layer.weight", (0, 2)), vm.Weight("expert", "layer.weight", (1, 2)))}
+    adapter = vm.adapt(Net(nn.Linear(4, 4)), vm.LoRA(sites=("expert",), rank=1), sites=table)
+    assert len(adapter.modules) == 2
+
+
 # -- 10, 12, 13: errors that name the fix -------------------------------------------------------------------------
 
 
@@ -350,10 +578,13 @@ def test_errors_say_what_was_given_what_there_is_and_what_to_write() -> None:
     cases: list[tuple[object, str]] = [
         (vm.LoRA(sites=("attn.qq",)), "no site of kind 'attn.qq'.*offers attn, attn.k.*did you mean 'attn.q'"),
         (vm.LoRA(where="blokcs.*"), "where='blokcs.*' matches none.*blocks.0.attn.qkv"),
-        (vm.LoRA(layers=slice(7, 9)), r"layers=slice\(7, 9, None\) selects nothing.*2"),
+        (vm.LoRA(layers=slice(7, 9)), r"layers=slice\(7, 9, None\) leave nothing of 'attn\.q'.*'model': 2"),
+        (vm.LoRA(sites=("attn.q", "mlp.up"), where="*.attn.*"), r"leave nothing of 'mlp\.up'"),
+        (vm.LoRA, "is no method"),
         (vm.LoRA(sites=("attn.q", "attn.qkv")), "blocks.0.attn.qkv.*overlap"),
-        (vm.LoRA(sites=("norm",)), r"needs a matrix.*Tune\(sites=\('norm',\)\)"),
+        (vm.LoRA(sites=("norm",)), "needs a floating-point matrix, which .*norm"),
         ([], "no method given"),
+        (vm.LoRA(sites=("*",), where="nowhere"), "matches none"),
     ]
     for method, says in cases:
         with pytest.raises(vm.InputError, match=says):

@@ -67,6 +67,8 @@ TIMM = (
     _timm("convnext_tiny", 64, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
     _timm("resnext50_32x4d", 32, layers=(1, 1, 1, 1)),
     _timm("resnet18", 32, layers=(1, 1, 1, 1)),
+    _timm("resnet10t", 32),
+    _timm("convnextv2_atto", 64, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24)),
 )
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismodal.bank import BANK, Attached, Bank, bank_of
+from vismodal.bank import Attached, Bank, bank_of
 from vismodal.errors import InputError
 from vismodal.families import table as family_table
-from vismodal.fingerprint import Fingerprint, fingerprint
+from vismodal.fingerprint import BANK, Fingerprint, fingerprint
 from vismodal.methods import METHODS, Method
-from vismodal.ports import SpanPort, WeightPort
+from vismodal.ports import SpanPort, WeightPort, is_ported
 from vismodal.site import Site, Sites, Table, discover, select
 
 Models = nn.Module | Mapping[str, nn.Module]
@@ -50,13 +50,16 @@ class Adapter:
         """Every module by "slot/site"."""
         return {key: module for part in self._parts for key, module in part.modules.items()}
 
+    def _all_modules(self) -> dict[str, nn.Module]:
+        return self.modules | {key: module for part in self._parts for key, module in part.shared.items()}
+
     @property
     def bases(self) -> dict[str, Fingerprint]:
         """Fingerprints of the base models, by prefix."""
         return {prefix: bank_of(m).base for prefix, m in self.models.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for key, module in self.modules.items():
+        for key, module in self._all_modules().items():
             for name, p in module.named_parameters():
                 yield f"{key}.{name}", p
 
@@ -68,8 +71,9 @@ class Adapter:
         return sum(p.numel() for p in self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors by "slot/site.name"; the base is not among them."""
-        return {f"{k}.{n}": t for k, m in self.modules.items() for n, t in m.state_dict().items()}
+        """The adapter's tensors by "slot/site.name", gathered where they are sharded; the base is not among them."""
+        tensors = {f"{k}.{n}": t for k, m in self._all_modules().items() for n, t in m.state_dict().items()}
+        return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors in. Raises `InputError` naming keys that are missing, left over, or of another shape."""
@@ -164,17 +168,22 @@ class Adapter:
     def detach(self, keep: bool = False) -> None:
         """Remove the adapter and leave the model as it was found; `keep=True` bakes it into the base weights first."""
         if keep:
+            acts = all(self.name in bank_of(m).active for m in self.models.values())
+            if not (acts and self.enabled and self.scale):
+                raise InputError(f"{self.name!r} is off, so keep=True would bake nothing in; enable or use it first")
             self.merge()
         for model in self.models.values():
             _detach(model, self.name, keep)
 
     def unused(self) -> list[str]:
         """Dead sites: those that did not run since the last call of `unused()` (or since attaching), and, after a
-        backward, those none of whose tensors got a non-zero gradient. Empty when every site takes part."""
+        backward, those none of whose tensors got a non-zero gradient. Empty when all take part, or are merged."""
         entries = [e for m in self.models.values() for p in bank_of(m).ports.values() for e in p.entries]
         ran = {e.key for e in entries if e.ran and e.adapter == self.name}
         for e in entries:
             e.ran = e.ran and e.adapter != self.name
+        if self.merged:
+            return []
         trained = any(p.grad is not None for p in self.parameters())
         return [k for k, m in self.modules.items() if k not in ran or (trained and not _has_gradient(m))]
 
@@ -236,52 +245,92 @@ def adapt(
 
     Raises `InputError` where a kind, glob or shape does not fit, or the model is wrapped. Nothing is changed then.
     """
-    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    models = _models(model)
+    _check_disjoint(models)
     for m in models.values():
         _check(m, name)
-    methods = _slots([method] if isinstance(method, Method) else list(method))
+    methods = _slots([method] if isinstance(method, Method) else method)
     found = {prefix: discover(m, family_table(m, sites), prefix) for prefix, m in models.items()}
     built: list[tuple[str, Site, nn.Module]] = []
+    shared: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         for slot, each in methods.items():
-            chosen = select([s for f in found.values() for s in f], each.sites, each.where, each.layers)
-            built += [(slot, s, m) for s, m in zip(chosen, each.build(chosen).modules, strict=True)]
-    for prefix, m in models.items():
-        mine = set(found[prefix])
-        if BANK not in m._modules:
-            m.add_module(BANK, Bank(m, _heads(found[prefix], prefix)))
-        _attach(bank_of(m), name, methods, [b for b in built if b[1] in mine])
-    adapter = Adapter(models, name)
-    for m in models.values():
-        bank_of(m).use((*bank_of(m).active, name))
-    return adapter
+            chosen = select([s for f in found.values() for s in f], each.sites, each.where, each.layers, each.fits)
+            modules, common = each.build(chosen)
+            built += [(slot, s, m) for s, m in zip(chosen, modules, strict=True)]
+            if common is not None:
+                shared[f"{slot}/shared"] = common
+    try:
+        for prefix, m in models.items():
+            if BANK not in m._modules:
+                m.add_module(BANK, Bank(m, _heads(found[prefix], prefix)))
+            mine = set(found[prefix])
+            parts = [b for b in built if b[1] in mine]
+            _attach(bank_of(m), name, prefix, methods, parts, shared if m is next(iter(models.values())) else {})
+        for m in models.values():
+            bank_of(m).use((*bank_of(m).active, name))
+    except BaseException:  # an interrupt too leaves nothing behind
+        for m in models.values():
+            _detach(m, name, keep=False)
+        raise
+    return Adapter(models, name)
 
 
 def use(model: Models, *names: str) -> None:
-    """Which adapters act, in this order; none of them gives the base. `use(model, "pets", "style")`."""
-    for m in model.values() if isinstance(model, Mapping) else (model,):
-        if BANK not in m._modules:
-            if names:
-                raise InputError(f"no adapter on this {type(m).__name__}; call vm.adapt or vm.load first")
-            continue
-        bank_of(m).use(names)
+    """Which adapters act, in this order; none of them gives the base. `use(model, "pets", "style")`.
+
+    Of several models, each uses those that it has. Raises `InputError` for a name that none has, or one given twice.
+    """
+    models = _models(model).values()
+    there = {n for m in models if BANK in m._modules for n in bank_of(m).attached}
+    for name in names:
+        if name not in there:
+            raise InputError(f"no adapter {name!r} on this model, which has {', '.join(sorted(there)) or 'none'}")
+        if names.count(name) > 1:
+            raise InputError(f"adapter {name!r} is named twice")
+    for m in models:
+        if BANK in m._modules:
+            bank_of(m).use([n for n in names if n in bank_of(m).attached])
 
 
 def attached(model: Models) -> dict[str, Adapter]:
     """The adapters on a model by name, also on a copied or unpickled one."""
+    adapters: dict[str, dict[str, nn.Module]] = {}
+    for m in _models(model).values():
+        for name, part in (bank_of(m).attached if BANK in m._modules else {}).items():
+            adapters.setdefault(name, {})[part.prefix] = m
+    return {name: Adapter(models, name) for name, models in adapters.items()}
+
+
+def _models(model: Models) -> dict[str, nn.Module]:
     models = dict(model) if isinstance(model, Mapping) else {"": model}
-    names = [n for m in models.values() if BANK in m._modules for n in bank_of(m).attached]
-    return {n: Adapter({k: m for k, m in models.items() if n in bank_of(m).attached}, n) for n in dict.fromkeys(names)}
+    for m in models.values():
+        if not isinstance(m, nn.Module):
+            parts = [n for n in ("unet", "transformer", "text_encoder") if isinstance(getattr(m, n, None), nn.Module)]
+            hint = ", ".join(f'"{n}": pipe.{n}' for n in parts)
+            raise InputError(f"a {type(m).__name__} is no module" + (f"; write {{{hint}}}" if hint else ""))
+        if type(m).__name__ in WRAPPERS or m._compiled_call_impl is not None:
+            inner = WRAPPERS.get(type(m).__name__)
+            where = f"it holds the model at .{inner}" if inner else "it was compiled in place"
+            raise InputError(
+                f"this is a {type(m).__name__}: use the plain model, and adapt it before wrapping; {where}"
+            )
+    return models
 
 
 # -- attaching ----------------------------------------------------------------------------------------------------
 
 
-def _slots(methods: Iterable[Method]) -> dict[str, Method]:
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+
+
+def _slots(methods: object) -> dict[str, Method]:
     slots: dict[str, Method] = {}
-    for method in methods:
+    for method in methods if isinstance(methods, Iterable) else (methods,):
+        if not isinstance(method, Method):
+            raise InputError(f"{method!r} is no method; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
         slot = name = type(method).__name__.lower()
         while slot in slots:
             slot = f"{name}_{int(slot[len(name) + 1 :] or 0) + 1}"
@@ -291,16 +340,23 @@ def _slots(methods: Iterable[Method]) -> dict[str, Method]:
     return slots
 
 
+def _check_disjoint(models: Mapping[str, nn.Module]) -> None:
+    owner: dict[int, str] = {}
+    for prefix, m in models.items():
+        for p in m.parameters():
+            if owner.setdefault(id(p), prefix) != prefix:
+                raise InputError(f"models {owner[id(p)]!r} and {prefix!r} share parameters; give each of them once")
+
+
 def _check(model: nn.Module, name: str) -> None:
-    kind = type(model).__name__
-    unwrap = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-    if kind in unwrap or model._compiled_call_impl is not None:
-        inner = f"it holds the model at .{unwrap[kind]}" if kind in unwrap else "it was compiled in place"
-        raise InputError(f"adapt the plain model first, then wrap it: this is a {kind}; {inner}")
     if any(hasattr(m, "_hf_hook") for m in model.modules()):
         raise InputError("the model is offloaded by accelerate; call adapt before any offloading or dispatching")
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise InputError("the parameters are sharded (DTensor); call adapt before fully_shard")
+    if BANK not in model._modules and any(is_ported(m) for m in model.modules()):
+        raise InputError(
+            "a part of this model, or a whole that it is part of, is adapted; adapt that one, or detach it"
+        )
     if not name or any(c in name for c in "./"):
         raise InputError(f"{name!r} cannot name an adapter: write a name without dots or slashes")
     if BANK in model._modules and name in bank_of(model).attached:
@@ -315,10 +371,19 @@ def _heads(sites: Iterable[Site], prefix: str) -> frozenset[str]:
     return frozenset(f"{path}.{name}".strip(".") for path, name in zip(paths, names, strict=True))
 
 
-def _attach(bank: Bank, name: str, methods: dict[str, Method], built: list[tuple[str, Site, nn.Module]]) -> None:
+def _attach(
+    bank: Bank,
+    name: str,
+    prefix: str,
+    methods: dict[str, Method],
+    built: list[tuple[str, Site, nn.Module]],
+    shared: dict[str, nn.Module],
+) -> None:
+    if not bank.is_free(name):
+        raise InputError(f"{name!r} cannot name an adapter: choose another name")
     modules = {f"{slot}/{site.key}": module for slot, site, module in built}
     kinds = {f"{slot}/{site.key}": site.kind for slot, site, _ in built}
-    bank.attached[name] = Attached(name, methods, kinds, modules)
+    bank.attached[name] = Attached(name, prefix, methods, kinds, modules, shared)
     bank.attached[name].tree.train(bank.training)
     for slot, site, module in built:
         if site.target not in bank.ports:
@@ -328,6 +393,8 @@ def _attach(bank: Bank, name: str, methods: dict[str, Method], built: list[tuple
 
 
 def _detach(model: nn.Module, name: str, keep: bool) -> None:
+    if BANK not in model._modules:
+        return
     bank = bank_of(model)
     for target, port in list(bank.ports.items()):
         if keep:
@@ -338,12 +405,12 @@ def _detach(model: nn.Module, name: str, keep: bool) -> None:
             del bank.ports[target]
     if keep:
         bank.base = fingerprint(model, bank.heads)
-    del bank.attached[name]
+    bank.attached.pop(name, None)
     bank.use([n for n in bank.active if n != name])
     if bank.attached:
         return
     for frozen in bank.frozen:
-        frozen.remove()
+        frozen.remove(model.training)
     del model._modules[BANK]
     for path, p in model.named_parameters():
-        p.requires_grad_(bank.requires_grad[path])
+        p.requires_grad_(bank.requires_grad.get(path, p.requires_grad))

@@ -8,12 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from vismodal.errors import InputError
-from vismodal.fingerprint import fingerprint
+from vismodal.fingerprint import BANK, fingerprint
 from vismodal.methods import Method
 from vismodal.ports import FrozenStatistics, Port
-
-BANK = "_vismodal"  # attribute of the model
 
 
 class Bank(nn.Module):
@@ -54,6 +51,10 @@ class Bank(nn.Module):
         for name, attached in self.__dict__["attached"].items():
             yield from attached.tree.named_modules(memo, f"{prefix}.{name}".strip("."), remove_duplicate)
 
+    def is_free(self, name: str) -> bool:
+        """Whether an adapter may have this name: those of the bank's own attributes would hide it."""
+        return not hasattr(self, name)
+
     def __getattr__(self, name: str) -> Any:
         """`model.get_submodule("_vismodal.pets")` finds what `named_modules` names."""
         attached = self.__dict__.get("attached", {})
@@ -76,9 +77,6 @@ class Bank(nn.Module):
             port.set(live, merged)
 
     def use(self, names: Sequence[str]) -> None:
-        for name in names:
-            if name not in self.attached:
-                raise InputError(f"no adapter {name!r} on this model, which has {', '.join(self.attached) or 'none'}")
         self.active = tuple(names)
         for attached in self.attached.values():
             attached.require_grad(attached.trainable and attached.name in names)
@@ -90,9 +88,11 @@ class Attached:
     """One adapter's part on one model."""
 
     name: str
+    prefix: str  # of its keys, where it adapts several models
     methods: dict[str, Method]  # by slot: "lora", "tune", "lora_1"
     sites: dict[str, str]  # key of a module -> kind of its site
     modules: dict[str, nn.Module]  # by key: "lora/blocks.0.attn.qkv:q"
+    shared: dict[str, nn.Module] = field(default_factory=dict)  # what a method's modules use together: "fact/shared"
     trainable: bool = True
     enabled: bool = True
     scale: float = 1.0
@@ -102,7 +102,7 @@ class Attached:
 
     def __post_init__(self) -> None:
         self.tree = nn.Module()
-        for key, module in self.modules.items():
+        for key, module in {**self.modules, **self.shared}.items():
             self.tree.add_module(key.replace(".", "/"), module)
         self.frozen = frozenset(n for n, p in self.tree.named_parameters() if not p.requires_grad)
 

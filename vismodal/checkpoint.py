@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,10 @@ def save(adapter: Adapter, path: str | Path, metadata: Mapping[str, str] | None 
         metadata: further header entries, such as classes or a prompt.
     """
     header = {
+        **(metadata or {}),
         "vismodal": FORMAT,
         "methods": json.dumps({slot: to_json(m) for slot, m in adapter.methods.items()}, separators=(",", ":")),
         "base": json.dumps({k: f._asdict() for k, f in adapter.bases.items()}, separators=(",", ":")),
-        **(metadata or {}),
     }
     return write_tensors(Path(path), adapter.state_dict(), header)
 
@@ -75,6 +74,9 @@ def load(
     except InputError as error:
         adapter.detach()
         raise InputError(f"{path} does not fit: {error}") from None
+    except BaseException:
+        adapter.detach()
+        raise
     adapter.trainable = trainable
     return adapter
 
@@ -113,15 +115,11 @@ def _names(mapping: Mapping[str, Any]) -> str:
 
 def to_json(method: Method) -> dict[str, Any]:
     """The class name and the fields that differ from its defaults; slices as {"slice": [start, stop, step]}."""
-    config: dict[str, Any] = {"method": type(method).__name__}
-    for f in fields(method):
-        value = getattr(method, f.name)
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
+    options = method.options()
+    for name, value in options.items():
         if isinstance(value, slice):
-            config[f.name] = {"slice": [value.start, value.stop, value.step]}
-        elif value != default:
-            config[f.name] = value
-    return config
+            options[name] = {"slice": [value.start, value.stop, value.step]}
+    return {"method": type(method).__name__, **options}
 
 
 def from_json(config: Mapping[str, Any]) -> Method:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 SAMPLES = 16
+BANK = "_vismodal"  # attribute of a model that holds its adapters, which are no part of it
 
 
 class Fingerprint(NamedTuple):
@@ -30,7 +31,7 @@ class Fingerprint(NamedTuple):
 
 def fingerprint(model: nn.Module, without: Collection[str] = ()) -> Fingerprint:
     """Of a model as it is; `without` names parameters that change from task to task: a classification head."""
-    params = [(n, p) for n, p in model.named_parameters() if n not in without]
+    params = [(n, p) for n, p in model.named_parameters() if n not in without and not n.startswith(f"{BANK}.")]
     shapes = sha256(json.dumps([(n, list(p.shape)) for n, p in params]).encode()).hexdigest()[:12]
     picked = [params[i * len(params) // SAMPLES][1] for i in range(SAMPLES)] if params else []
     values = [float("nan") if p.is_meta else p.detach().flatten()[p.numel() // 2].item() for p in picked]

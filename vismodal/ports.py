@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from vismodal.errors import InputError
 from vismodal.methods.base import SpanModule
 from vismodal.site import Place, Range, Site
 from vismodal.weights import Entry, Group, compute, region, rows
@@ -32,8 +33,9 @@ State = tuple[tuple[str, float], ...]  # adapters in order, each with its scale
 class Recompute:
     """Catches a change of the active adapters between a forward and the recomputation of it by checkpointing.
 
-    Inside a backward pass (graph task id >= 0) a forward is a recomputation and must find a state that was seen since
-    the last backward.
+    Inside a backward pass (graph task id >= 0) a forward is a recomputation and must find a state that a forward with
+    gradients had since the last one. Two such forwards in different states before one backward are not told apart, and
+    reentrant checkpointing, whose forward has no gradients, is not watched.
     """
 
     def __init__(self) -> None:
@@ -44,11 +46,12 @@ class Recompute:
         if torch.compiler.is_compiling():
             return
         if torch._C._current_graph_task_id() == -1:
-            if self.recomputed:
-                self.seen.clear()
-                self.recomputed = False
-            if state not in self.seen:
-                self.seen.append(state)
+            if torch.is_grad_enabled():  # a look at the base under no_grad is nothing to go back to
+                if self.recomputed:
+                    self.seen.clear()
+                    self.recomputed = False
+                if state not in self.seen:
+                    self.seen.append(state)
         elif self.seen and state not in self.seen:
             raise RuntimeError(
                 f"adapters changed between forward and backward of a checkpointed model: now {_show(state)}, in the "
@@ -104,16 +107,11 @@ class Port:
     def keep(self, adapter: str) -> None:
         """Make what a merged adapter wrote the new base; other merged ones step aside."""
 
-    def _mark(self, x: Tensor | None) -> None:
+    def _mark(self, x: Tensor) -> None:
         for group in self.live:
             for entry in group.entries:
                 entry.ran = True
-        first = self.live[0].entries[0]
-        if x is not None and next(first.module.parameters(), x).device != x.device:
-            raise RuntimeError(
-                f"{first.key}: the adapter lies on another device than its input on {x.device}; "
-                "move the whole model with model.to(...), and adapt before any offloading"
-            )
+        _same_device(self.live[0].entries[0], x)
 
 
 class WeightPort(Port):
@@ -122,29 +120,41 @@ class WeightPort(Port):
     def __init__(self, site: Site):
         super().__init__()
         self.places = site.places
-        self.pristine: list[tuple[str, int, Range | None, Tensor]] = []  # copies of the rows that merging replaced
+        self.shadows: dict[int, list[str]] = {}  # by place: the names that stand in its owner's __dict__ just now
+        self.thread = 0  # that put them there
         self.baked: State = ()
-        self.thread = 0
+        self.pristine: list[tuple[str, int, Range | None, Tensor]] = []  # copies of the rows that merging replaced
+        self.guard: RemovableHandle | None = None
 
     def _hooks(self) -> Iterator[RemovableHandle]:
+        self._drop_all()
         for place in self.places:
             if self._is_fast(place):
                 # prepended: transformers records outputs with forward hooks of its own
                 yield place.reader.register_forward_hook(self._update, prepend=True, with_kwargs=True)
-            else:
-                yield place.reader.register_forward_pre_hook(self._enter)
-                yield place.reader.register_forward_hook(self._leave, prepend=True, always_call=True)
+                continue
+            if not _is_plain(place):
+                method = type(self.entries[-1].module).__name__
+                raise InputError(
+                    f"{self.entries[-1].key}: {method} has to form a new weight here, which a quantised one does not "
+                    "allow; use a method that adds to the output of called layers, such as LoRA on Linear layers"
+                )
+            yield place.reader.register_forward_pre_hook(self._enter)
+            yield place.reader.register_forward_hook(self._leave, prepend=True, always_call=True)
 
     def _is_fast(self, place: Place) -> bool:
         modules = [e.module for e in self.entries]
         return place.reader is place.owner and all(m.can_update(place.owner) for m in modules)  # type: ignore[operator]
 
     def set(self, active: State, merged: State) -> None:
+        self._drop_all()
         super().set(active, merged)
         here = {e.adapter for e in self.entries}
         baked = tuple((name, scale) for name, scale in merged if name in here)
         if baked != self.baked:
-            self._bake(baked)
+            self._restore()
+            if baked:
+                self._bake(baked)
 
     # -- live: on the output, or as a shadow --
 
@@ -163,69 +173,99 @@ class WeightPort(Port):
         self.recompute.check(self.state)
         if not self.live:
             return
-        self._lock()
-        self._mark(None)
-        for place in self.places:
+        self._check_thread()
+        for i, place in enumerate(self.places):
             if place.reader is reader:
-                self._shadow(place)
+                self._drop(i)  # a KeyboardInterrupt skips always_call hooks
+                self._shadow(i, place)
 
-    def _shadow(self, place: Place) -> None:
-        shadow = place.owner.__dict__
-        shadow.pop(place.weight, None)  # a KeyboardInterrupt skips always_call hooks: drop what one may have left
+    def _shadow(self, i: int, place: Place) -> None:
+        if not torch.compiler.is_compiling():
+            self.thread = threading.get_ident()
         W, b = _get(place, place.weight), _get(place, place.bias)
+        self._mark(W if W is not None else b)  # type: ignore[arg-type]
         W2, b2 = compute(W, b, self.live)
-        if W2 is not W and W2 is not None:
-            shadow[place.weight] = W2
-        if place.bias is not None and b2 is not b:
-            shadow.pop(place.bias, None)
-            shadow[place.bias] = b2
+        for name, old, new in ((place.weight, W, W2), (place.bias, b, b2)):
+            if name is not None and new is not old:
+                place.owner.__dict__[name] = new
+                self.shadows.setdefault(i, []).append(name)
 
     def _leave(self, reader: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        for place in self.places:
-            if place.reader is reader:
-                place.owner.__dict__.pop(place.weight, None)
-                if place.bias is not None:
-                    place.owner.__dict__.pop(place.bias, None)
-        self.thread = 0
+        if self.shadows and self._is_mine():  # called too where another thread was refused in _enter
+            for i, place in enumerate(self.places):
+                if place.reader is reader:
+                    self._drop(i)
 
-    def _lock(self) -> None:
+    def _drop(self, i: int) -> None:
+        for name in self.shadows.pop(i, ()):
+            self.places[i].owner.__dict__.pop(name, None)
+        if not self.shadows:
+            self.thread = 0
+
+    def _drop_all(self) -> None:
+        for i in list(self.shadows):
+            self._drop(i)
+
+    def _is_mine(self) -> bool:
+        return torch.compiler.is_compiling() or self.thread == threading.get_ident()
+
+    def _check_thread(self) -> None:
         """Shadows are state of the module: one forward at a time."""
-        if torch.compiler.is_compiling():
-            return
-        me = threading.get_ident()
-        if self.thread not in (0, me) and any(t.ident == self.thread for t in threading.enumerate()):
+        if self.thread and not self._is_mine() and any(t.ident == self.thread for t in threading.enumerate()):
             raise RuntimeError(
                 f"{self.entries[0].key}: two threads run this model at once, or one was interrupted within it; its "
                 "adapted weight is shadowed, so run one forward at a time, or merge() first"
             )
-        self.thread = me
 
-    def _bake(self, merged: State) -> None:
-        """Put the pristine rows back, then write W' of the merged adapters over them, keeping copies of the rows."""
-        place = self.places[0]
-        W, b = _get(place, place.weight), _get(place, place.bias)
-        if any(type(p.data) is not Tensor or not p.is_floating_point() for p in (W, b) if p is not None):
-            raise RuntimeError(f"{self.entries[0].key}: cannot merge into a sharded or quantised weight; keep it live")
-        groups = list(self._groups(merged))
-        entries = [e for g in groups for e in g.entries]
-        with torch.no_grad(), _deterministic(e.module for e in entries):
+    # -- merged: in the parameters --
+
+    def _restore(self) -> None:
+        """Put the pristine rows back."""
+        W, b = (_get(self.places[0], name) for name in (self.places[0].weight, self.places[0].bias))
+        with torch.no_grad():
             for slot, axis, range_, copy in self.pristine:
                 rows(W if slot == "weight" else b, axis, range_).copy_(copy)
-            self.pristine, self.baked = [], ()
+        self._forget()
+
+    def _bake(self, merged: State) -> None:
+        """Write W' of the merged adapters into the pristine parameters; nothing is written unless all of it can be."""
+        place = self.places[0]
+        W, b = _get(place, place.weight), _get(place, place.bias)
+        groups = list(self._groups(merged))
+        entries = [e for g in groups for e in g.entries]
+        if not _is_plain(place):
+            raise RuntimeError(f"{entries[0].key}: cannot merge into a sharded or quantised weight; keep it live")
+        _same_device(entries[0], W if W is not None else b)  # type: ignore[arg-type]
+        with torch.no_grad(), _deterministic(e.module for e in entries):
             W2, b2 = compute(W, b, groups)
-            for old, new, slot in ((W, W2, "weight"), (b, b2, "bias")):
-                if new is old or new is None:
-                    continue
+            changed = [(slot, old, new) for slot, old, new in (("weight", W, W2), ("bias", b, b2)) if new is not old]
+            for slot, old, _ in changed:
                 if old is None:
                     raise RuntimeError(f"{entries[0].key}: cannot merge, the layer has no {slot}; keep it live")
-                for axis, range_ in {region(e, slot) for e in entries}:
-                    self.pristine.append((slot, axis, range_, rows(old.detach(), axis, range_).clone()))
-                old.copy_(new)
-        self.baked = merged
+            self.pristine = [
+                (slot, axis, range_, rows(old.detach(), axis, range_).clone())
+                for slot, old, _ in changed
+                if old is not None
+                for axis, range_ in {region(e, slot) for e in entries}
+            ]
+            self.baked = merged  # from here on there is something to restore, also after an interrupt
+            self.guard = place.owner.register_load_state_dict_pre_hook(self._refuse_load)
+            for _, old, new in changed:
+                old.copy_(new)  # type: ignore[union-attr, arg-type]
+
+    def _refuse_load(self, *_: Any) -> None:
+        names = ", ".join(name for name, _ in self.baked)
+        raise RuntimeError(f"the weights hold the merged {names}: unmerge() before loading others into the base")
+
+    def _forget(self) -> None:
+        self.pristine, self.baked = [], ()
+        if self.guard is not None:
+            self.guard.remove()
+            self.guard = None
 
     def keep(self, adapter: str) -> None:
         self.set((), tuple(e for e in self.baked if e[0] == adapter))
-        self.pristine, self.baked = [], ()
+        self._forget()
 
 
 class SpanPort(Port):
@@ -291,6 +331,26 @@ def _on_stream(out: Any, act: Callable[[Tensor], Tensor]) -> Any:
     return (act(out[0]), *out[1:]) if isinstance(out, tuple) else act(out)
 
 
+def _same_device(entry: Entry, x: Tensor) -> None:
+    if next(entry.module.parameters(), x).device != x.device:
+        raise RuntimeError(
+            f"{entry.key}: the adapter lies on another device than its layer or input on {x.device}; "
+            "move the whole model with model.to(...), and adapt before any offloading"
+        )
+
+
+def _is_plain(place: Place) -> bool:
+    """Neither quantised nor sharded: the parameters can be computed with and written to."""
+    found = [p for p in (_get(place, place.weight), _get(place, place.bias)) if p is not None]
+    return all(type(p.data) is Tensor and p.is_floating_point() for p in found)
+
+
+def is_ported(module: nn.Module) -> bool:
+    """Whether ports of some model that holds this module hook it."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(isinstance(getattr(hook, "__self__", None), Port | FrozenStatistics) for hook in hooks)
+
+
 def _get(place: Place, name: str | None) -> nn.Parameter | None:
     return place.owner._parameters.get(name) if name else None
 
@@ -312,11 +372,17 @@ class FrozenStatistics:
     """Keeps a batch norm of the frozen base in eval mode: its running statistics are base values like any other."""
 
     def __init__(self, module: nn.Module):
+        self.module = module
+        self.switched = False
         self.handle = module.register_forward_pre_hook(self._eval)
 
     def _eval(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module.training:
             module.training = False
+            self.switched = True
 
-    def remove(self) -> None:
+    def remove(self, training: bool) -> None:
+        """Give the module back to a model that is in training mode or not."""
         self.handle.remove()
+        if self.switched and training:
+            self.module.training = True

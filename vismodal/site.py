@@ -32,7 +32,8 @@ class Weight:
 
     `reader` is the module whose forward reads the parameter, relative to the declaring one ("" is that one itself).
     None means that the parameter's own module is called, as with an ordinary `nn.Linear`. `whole` marks a site that
-    covers others, such as `attn.qkv` over `attn.q`: it answers to its own name, never to a glob.
+    covers others, such as `attn.qkv` over `attn.q`: it answers to its own name, never to a glob. `when` says for which
+    instances of the class the entry holds.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Weight:
     axis: int = 0
     reader: str | None = None
     whole: bool = False
+    when: Callable[[nn.Module], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,14 @@ class Tower:
     child: str
 
 
-Entry = Weight | Span | Tower
+@dataclass(frozen=True)
+class Order:
+    """The order in which the forward runs these direct children, where it is not that of their registration."""
+
+    children: tuple[str, ...]
+
+
+Entry = Weight | Span | Tower | Order
 Table = Mapping[type[nn.Module], tuple[Entry, ...]]
 
 NORMS = (Weight("norm", "weight"), Weight("norm", "bias"))
@@ -111,6 +120,10 @@ class Site:
     depth: int = 0  # number of blocks in the tower
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        return self.kind, self.target, self.slot, self.range, self.axis
+
+    @property
     def path(self) -> str:
         """Path of the module that holds the parameter (of a span: that declares it)."""
         return self.target.rpartition("/")[0]
@@ -157,15 +170,14 @@ class Sites(list[Site]):
     def __str__(self) -> str:
         from vismodal.table import table
 
-        rows = [
-            [s.kind, s.key, "x".join(map(str, s.tensor.shape)) if s.span is None else "span", *self._more(s)]
-            for s in self
-        ]
-        return table(["kind", "site", "shape", "layer", "methods"], rows)
+        return table(["kind", "site", "shape", "layer", "methods"], [self._row(s) for s in self])
 
-    def _more(self, site: Site) -> list[str]:
+    def _row(self, site: Site) -> list[str]:
         layer = "" if site.index is None else f"{site.tower} {site.index}".strip()
-        return [layer, self.fits(site) if self.fits else ""]
+        if site.blocked:
+            return [site.kind, site.key, "", layer, f"none: {site.blocked}"]
+        shape = "span" if site.span else "x".join(map(str, site.tensor.shape))
+        return [site.kind, site.key, shape, layer, self.fits(site) if self.fits else ""]
 
 
 # -- discovery ---------------------------------------------------------------------------------------------------
@@ -181,19 +193,20 @@ def discover(model: nn.Module, table: Table, prefix: str = "") -> list[Site]:
 
     `prefix` stands before every path, for an adaptation of several models under one name.
     """
-    holders: Holders = {}
-    for path, module in model.named_modules(prefix=prefix):
-        for name, p in module._parameters.items():
-            if p is not None:
-                holders.setdefault(id(p), []).append((path, module, name))
     walked = list(_walk(model, table, prefix))
     depth = Counter(step.tower for step in walked if step.is_block)
-    found: dict[tuple[str, str], Site] = {}
+    holders = _holders(model, walked, prefix)
+    found: dict[tuple[object, ...], Site] = {}
+    keys: dict[tuple[str, str], Site] = {}
     for step in walked:
         for entry in step.entries:
             for site in _bind(entry, step.module, step.path, holders):
                 site = replace(site, tower=step.tower, index=step.block, depth=depth[step.tower])
-                found.setdefault((site.kind, site.key), site)  # the outermost declaration stands
+                if site.identity in found:  # the outermost declaration stands
+                    continue
+                if (site.kind, site.key) in keys:  # two ranges of one parameter under one kind
+                    site = replace(site, key=f"{site.key}[{site.range[0]}:{site.range[1]}]" if site.range else site.key)
+                found[site.identity] = keys[site.kind, site.key] = site
     return list(found.values())
 
 
@@ -223,44 +236,73 @@ def _walk(model: nn.Module, table: Table, prefix: str) -> Iterator[_Step]:
             blocks[tower] += 1
         yield _Step(module, path, tower, index, is_block, entries)
         towers = {e.child: e.name for e in entries if isinstance(e, Tower)}
-        for name, child in reversed(list(module._modules.items())):
+        order = [name for e in entries if isinstance(e, Order) for name in e.children]
+        children = sorted(module._modules.items(), key=lambda c: order.index(c[0]) if c[0] in order else -1)
+        for name, child in reversed(children):
             if child is not None:
                 stack.append((child, f"{path}.{name}" if path else name, towers.get(name, tower), index))
 
 
-Holders = dict[int, list[tuple[str, nn.Module, str]]]  # id of a parameter -> every (path, module, attribute) holding it
+class _Holder(NamedTuple):
+    """One module that holds a parameter, under which name, and who reads it there."""
+
+    path: str
+    owner: nn.Module
+    name: str
+    reader: nn.Module
 
 
-def _bind(entry: Entry, module: nn.Module, path: str, holders: Holders) -> Iterator[Site]:
+def _holders(model: nn.Module, walked: Sequence[_Step], prefix: str) -> dict[int, list[_Holder]]:
+    """By the parameter's id: one that several modules hold is one target, with the reader of each place."""
+    readers: dict[tuple[nn.Module, str], nn.Module] = {}
+    for step in walked:
+        for entry in step.entries:
+            if isinstance(entry, Weight) and entry.reader is not None:
+                head, _, name = entry.param.rpartition(".")
+                owner, reader = _submodule(step.module, head), _submodule(step.module, entry.reader)
+                if owner is not None and reader is not None:
+                    for each in filter(None, _pair(name)[:2]):
+                        readers.setdefault((owner, each), reader)
+    holders: dict[int, list[_Holder]] = {}
+    for path, module in model.named_modules(prefix=prefix):
+        for name, p in module._parameters.items():
+            if p is not None:
+                holders.setdefault(id(p), []).append(_Holder(path, module, name, readers.get((module, name), module)))
+    return holders
+
+
+def _bind(entry: Entry, module: nn.Module, path: str, holders: Mapping[int, list[_Holder]]) -> Iterator[Site]:
     if isinstance(entry, Span):
         yield from _bind_span(entry, module, path)
-    if not isinstance(entry, Weight):
+    if not isinstance(entry, Weight) or (entry.when is not None and not entry.when(module)):
         return
     head, _, name = entry.param.rpartition(".")
     owner = _submodule(module, head)
     if owner is None:
         return
-    reader = owner if entry.reader is None else _submodule(module, entry.reader)
-    assert reader is not None, f"{type(module).__name__} has no module {entry.reader!r}"
-    if parametrize.is_parametrized(owner, name):
-        where = f"{path}.{entry.param}".strip(".")
-        why = f"{where} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations on it first"
-        yield Site(entry.kind, where, where, (Place(owner, name, None, reader),), "weight", blocked=why)
     param = owner._parameters.get(name)
-    if param is None:  # an instance without it (no bias, an alternative layout): the site drops out
+    if param is None:
+        yield from _blocked(entry, owner, name, f"{path}.{entry.param}".strip("."))
         return
-    held = holders[id(param)]  # one parameter in several places is one target, named after the first
-    first = held[0][0]
-    weight, bias, slot = _pair(name)
-    places = tuple(Place(o, *_pair(n)[:2], reader if o is owner else o) for _, o, n in held)
+    held = holders[id(param)]
+    first, (weight, bias, slot) = held[0], _pair(held[0].name)
+    places = tuple(Place(h.owner, *_pair(h.name)[:2], h.reader) for h in held)
     range_ = _resolve(entry.part, module, param.shape[entry.axis])
-    key = _key(first, held[0][2]) + (f":{entry.kind.rpartition('.')[2]}" if range_ else "")
-    target = f"{first}/{weight}"
+    key = _key(first.path, first.name) + (f":{entry.kind.rpartition('.')[2]}" if range_ else "")
+    target = f"{first.path}/{weight}"
     yield Site(entry.kind, key, target, places, slot, range_, entry.axis, whole=entry.whole)
     if slot == "bias" and entry.kind not in ("bias", "head"):
         yield Site("bias", key, target, places, "bias")
-    if slot == "weight" and entry.kind != "head" and bias and owner._parameters.get(bias) is not None:
-        yield Site("bias", _key(first, bias), target, places, "bias")
+    if slot == "weight" and entry.kind != "head" and bias and first.owner._parameters.get(bias) is not None:
+        yield Site("bias", _key(first.path, bias), target, places, "bias")
+
+
+def _blocked(entry: Weight, owner: nn.Module, name: str, path: str) -> Iterator[Site]:
+    """A weight that is computed (parametrised, pruned) cannot be adapted; one that is not there drops out."""
+    if not parametrize.is_parametrized(owner, name) and not isinstance(getattr(owner, name, None), Tensor):
+        return
+    why = f"{path} is computed from other parameters; remove the parametrisation or the pruning from it first"
+    yield Site(entry.kind, path, path, (), "weight", blocked=why)
 
 
 def _bind_span(entry: Span, module: nn.Module, path: str) -> Iterator[Site]:
@@ -311,35 +353,54 @@ def select(
     kinds: Sequence[str],
     where: str | Sequence[str] = "*",
     layers: slice | None = None,
+    fits: Callable[[Site], bool] = lambda site: True,
 ) -> list[Site]:
-    """The sites of the given kinds (names or globs) whose module path matches a glob of `where`, in `layers`.
+    """The sites of the given kinds whose module path matches a glob of `where`, in `layers`.
 
-    Raises `InputError` for a kind, glob or slice that matches nothing, and for two sites that overlap.
+    A kind may be a glob, which takes what `fits`. Raises `InputError` for a kind, glob or slice that matches nothing or
+    leaves nothing of a kind, and for two sites that overlap.
     """
-    chosen: dict[str, Site] = {}
-    for kind in kinds:
-        matches = [s for s in sites if s.kind == kind or (not s.whole and fnmatchcase(s.kind, kind))]
-        if not matches:
-            raise InputError(_no_kind(kind, sites))
-        chosen.update({s.key: s for s in matches})
     globs = [where] if isinstance(where, str) else list(where)
+    by_kind = {kind: _of_kind(kind, sites, fits) for kind in kinds}
+    every = [s for found in by_kind.values() for s in found]
     for glob in globs:
-        if not any(fnmatchcase(s.path, glob) for s in chosen.values()):
-            paths = ", ".join(s.path for s in list(chosen.values())[:4])
+        if not any(fnmatchcase(s.path, glob) for s in every):
+            paths = ", ".join(dict.fromkeys(s.path for s in every[:4]))
             raise InputError(f"where={glob!r} matches none of the modules with {', '.join(kinds)}, such as {paths}")
-    picked = [s for s in sites if s is chosen.get(s.key) and any(fnmatchcase(s.path, g) for g in globs)]
-    if layers is not None:
-        picked = [s for s in picked if s.index is not None and s.index in range(s.depth)[layers]]
-        if not picked:
-            depths = {s.tower or "model": s.depth for s in chosen.values()}
-            raise InputError(f"layers={layers} selects nothing: the blocks are {depths}; write e.g. slice(-4, None)")
+    chosen: dict[tuple[str, str], Site] = {}
+    for kind, found in by_kind.items():
+        kept = [s for s in found if any(fnmatchcase(s.path, g) for g in globs) and _in_layers(s, layers)]
+        if not kept:
+            blocks = {s.tower or "model": s.depth for s in every}
+            raise InputError(
+                f"where={where!r} and layers={layers} leave nothing of {kind!r} ({found[0].key} is in "
+                f"{'block ' + str(found[0].index) if found[0].index is not None else 'no block'}; blocks: {blocks}); "
+                "give it a method of its own"
+            )
+        chosen.update({(s.target, s.key): s for s in kept})  # norm.bias is a norm and a bias: one site
+    picked = [s for s in sites if s is chosen.get((s.target, s.key))]
     _check(picked)
     return picked
 
 
+def _of_kind(kind: str, sites: Sequence[Site], fits: Callable[[Site], bool]) -> list[Site]:
+    exact = [s for s in sites if s.kind == kind]
+    matches = exact or [s for s in sites if not s.whole and fnmatchcase(s.kind, kind) and (s.blocked or fits(s))]
+    if not matches:
+        raise InputError(_no_kind(kind, sites))
+    return matches
+
+
+def _in_layers(site: Site, layers: slice | None) -> bool:
+    return layers is None or (site.index is not None and site.index in range(site.depth)[layers])
+
+
 def _no_kind(kind: str, sites: Sequence[Site]) -> str:
     if kind == "head":
-        return "the model has no head to tune; make one first, e.g. model.reset_classifier(num_classes) in timm"
+        return (
+            "no head is known in this model; make one, e.g. with timm's model.reset_classifier(num_classes), or say "
+            "where it is with sites={Model: (vm.Weight('head', 'fc.weight'),)}"
+        )
     offered = sorted({s.kind for s in sites})
     close = difflib.get_close_matches(kind, offered, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""

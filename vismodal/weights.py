@@ -59,8 +59,9 @@ def _apply(entry: Entry, scale: float, W: Tensor | None, b: Tensor | None) -> Pa
     (w_axis, w_range), (b_axis, b_range) = region(entry, "weight"), region(entry, "bias")
     Wp, bp = rows(W, w_axis, w_range), rows(b, b_axis, b_range)
     W2, b2 = entry.module(Wp, bp)
-    W = W if W2 is Wp else _put(W, _lerp(Wp, W2, scale), w_axis, w_range)
-    b = b if b2 is bp else _put(b, _lerp(bp, b2, scale), b_axis, b_range)
+    dtype = next(t.dtype for t in (W, b) if t is not None)
+    W = W if W2 is Wp else _put(W, _lerp(Wp, W2.to(dtype), scale), w_axis, w_range)
+    b = b if b2 is bp else _put(b, _lerp(bp, b2.to(dtype), scale), b_axis, b_range)
     return W, b
 
 

@@ -3,6 +3,9 @@
 Self- and cross-attention are one class, so the parent block declares both.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.downsampling import Downsample2D
@@ -12,15 +15,23 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 
-from vismodal.site import Span, Table, Weight
+from vismodal.site import Order, Span, Table, Weight
 
 NAME = "diffusers"
 MODELS = "UNet2DConditionModel of Stable Diffusion 1.5, 2 and XL"
 
 
-def attention(kind: str, path: str) -> tuple[Weight, ...]:
-    qkv = tuple(Weight(f"{kind}.{x}", f"{path}.to_{x}.weight") for x in "qkv")
-    return (*qkv, Weight(f"{kind}.out", f"{path}.to_out.0.weight"))
+def attention(kind: str, path: str, when: Callable[[Any], bool] | None = None) -> tuple[Weight, ...]:
+    qkv = tuple(Weight(f"{kind}.{x}", f"{path}.to_{x}.weight", when=when) for x in "qkv")
+    return (*qkv, Weight(f"{kind}.out", f"{path}.to_out.0.weight", when=when))
+
+
+def _reads_text(block: Any) -> bool:
+    return bool(block.only_cross_attention)
+
+
+def _reads_itself(block: Any) -> bool:
+    return not block.only_cross_attention
 
 
 TABLE: Table = {
@@ -29,7 +40,8 @@ TABLE: Table = {
         Span("attn", "norm1", "attn1"),
         Span("xattn", "norm2", "attn2"),
         Span("mlp", "norm3", "ff"),
-        *attention("attn", "attn1"),
+        *attention("attn", "attn1", _reads_itself),
+        *attention("xattn", "attn1", _reads_text),
         *attention("xattn", "attn2"),
     ),
     GEGLU: (
@@ -48,5 +60,9 @@ TABLE: Table = {
     Downsample2D: (Weight("conv", "conv.weight"),),
     Upsample2D: (Weight("conv", "conv.weight"),),
     TimestepEmbedding: (Weight("time", "linear_1.weight"), Weight("time", "linear_2.weight")),
-    UNet2DConditionModel: (Weight("conv", "conv_in.weight"), Weight("conv", "conv_out.weight")),
+    UNet2DConditionModel: (
+        Order(("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")),
+        Weight("conv", "conv_in.weight"),
+        Weight("conv", "conv_out.weight"),
+    ),
 }

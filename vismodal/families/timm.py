@@ -4,7 +4,7 @@ from typing import Any
 
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.classifier import ClassifierHead, NormMlpClassifierHead
-from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.mlp import GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from timm.layers.norm import RmsNorm
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import beit, convnext, deit, eva, resnet, swin_transformer, swin_transformer_v2, vision_transformer
@@ -52,9 +52,22 @@ BLOCK = (
     Span("attn", "norm1", "drop_path1"),
     Span("mlp", "norm2", "drop_path2"),
 )
+MLP = (Weight("mlp.up", "fc1.weight"), Weight("mlp.down", "fc2.weight"))
 HEAD = (Weight("head", "head.weight"), Weight("head", "head.bias"))
 DISTILLED = (Weight("head", "head_dist.weight"), Weight("head", "head_dist.bias"))
-CONVS = tuple(Weight("conv", f"conv{i}.weight") for i in (1, 2, 3))
+
+
+def _pools_first(block: Any) -> bool:
+    """ResNet-D: the shortcut is a pooling and then the convolution, elsewhere `downsample.1` is its norm."""
+    return isinstance(block.downsample, nn.Sequential) and isinstance(block.downsample[1], nn.Conv2d)
+
+
+CONVS = (
+    *(Weight("conv", f"conv{i}.weight") for i in (1, 2, 3)),
+    Weight("conv", "downsample.0.weight"),
+    Weight("conv", "downsample.1.weight", when=_pools_first),
+)
+STEM = tuple(Weight("embed", f"conv1.{i}.weight") for i in (0, 3, 6))  # three convolutions in ResNet-D
 FC = (Weight("head", "fc.weight"), Weight("head", "fc.bias"))
 
 TABLE: Table = {
@@ -64,7 +77,8 @@ TABLE: Table = {
     eva.EvaAttention: fused(reader=""),
     swin_transformer.WindowAttention: fused(),
     swin_transformer_v2.WindowAttention: fused(reader=""),
-    Mlp: (Weight("mlp.up", "fc1.weight"), Weight("mlp.down", "fc2.weight")),
+    Mlp: MLP,
+    GlobalResponseNormMlp: MLP,
     GluMlp: (
         Weight("mlp.up", "fc1.weight", _up),
         Weight("mlp.gate", "fc1.weight", _gate),
@@ -93,7 +107,7 @@ TABLE: Table = {
     convnext.ConvNeXtBlock: (Span("block"), Weight("conv", "conv_dw.weight")),
     convnext.ConvNeXtStage: (Weight("conv", "downsample.1.weight"),),
     convnext.ConvNeXt: (Weight("embed", "stem.0.weight"),),
-    resnet.BasicBlock: (Span("block"), *CONVS, Weight("conv", "downsample.0.weight")),
-    resnet.Bottleneck: (Span("block"), *CONVS, Weight("conv", "downsample.0.weight")),
-    resnet.ResNet: (Weight("embed", "conv1.weight"), *FC),
+    resnet.BasicBlock: (Span("block"), *CONVS),
+    resnet.Bottleneck: (Span("block"), *CONVS),
+    resnet.ResNet: (Weight("embed", "conv1.weight"), *STEM, *FC),
 }

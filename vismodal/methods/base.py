@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from vismodal.errors import InputError
 from vismodal.site import Site
 
 
@@ -60,7 +61,7 @@ class Built(NamedTuple):
     shared: nn.Module | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Method:
     """Fields that every method has.
 
@@ -72,12 +73,31 @@ class Method:
 
     sites: tuple[str, ...] = ()
     where: str | tuple[str, ...] = "*"
-    layers: slice | None = None
+    layers: slice | None = field(default=None, hash=False)
 
     survey: ClassVar[str]  # class in arXiv 2403.14608
     paper: ClassVar[str]
     mergeable: ClassVar[bool]
     interpolates: ClassVar[bool] = True  # whether scales between 0 and 1 mean something
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for given, what in ((self.sites, "sites"), (self.where, "where")):
+            if isinstance(given, str) and what == "sites":
+                object.__setattr__(self, what, (given,))  # one kind may come without the tuple
+            elif not given:
+                raise InputError(f"{name}: {what} is empty, so nothing could attach")
+        if self.layers is not None and not isinstance(self.layers, slice):
+            raise InputError(f"{name}: layers must be a slice such as slice(-4, None), not {self.layers!r}")
+
+    def options(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        made = {f.name: f.default_factory for f in fields(self) if f.default_factory is not MISSING}
+        defaults = {f.name: made[f.name]() if f.name in made else f.default for f in fields(self)}
+        return {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.options().items())})"
 
     def build(self, sites: Sequence[Site]) -> Built:
         """New modules for the bound sites. Raises `InputError` where the definition makes no sense."""
@@ -85,5 +105,5 @@ class Method:
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        """Whether this method can attach to the site at all; `vm.sites` shows it."""
-        raise NotImplementedError
+        """Whether this method can attach to the site at all: what globs take, and what `vm.sites` shows."""
+        return True

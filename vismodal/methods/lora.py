@@ -38,9 +38,10 @@ class LowRank(WeightModule):
         super().__init__()
         self.scaling = scaling
         self.dropout = dropout
-        A = torch.empty(rank, *W.shape[1:], device="meta" if W.is_meta else "cpu")  # the same draw for every device
+        device = "meta" if W.is_meta else "cpu"  # the same draw for every device
+        A = torch.empty(rank, *W.shape[1:], device=device, dtype=torch.float32)
         self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W.device))
-        self.B = nn.Parameter(torch.zeros(W.shape[0], rank, device=W.device))
+        self.B = nn.Parameter(torch.zeros(W.shape[0], rank, device=W.device, dtype=torch.float32))
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         assert W is not None
@@ -97,7 +98,7 @@ def stack(parts: Sequence[Part], rows: int, columns: int, dtype: torch.dtype) ->
     return (As[0], Bs[0]) if len(parts) == 1 else (torch.cat(As), torch.cat(Bs, 1))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoRA(Method):
     """Low-rank adaptation, arXiv 2106.09685.
 
@@ -114,13 +115,14 @@ class LoRA(Method):
     alpha: float | None = None
     dropout: float = 0.0
     rank_stabilised: bool = False
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     survey: ClassVar[str] = "reparameterised: low rank"
     paper: ClassVar[str] = "arXiv 2106.09685"
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for rank in (self.rank, *self.ranks.values()):
             if rank < 1:
                 raise InputError(f"LoRA: rank must be at least 1, not {rank}")
@@ -129,7 +131,7 @@ class LoRA(Method):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        return site.span is None and site.slot == "weight" and site.tensor.dim() >= 2
+        return site.slot == "weight" and site.tensor.dim() >= 2 and site.tensor.is_floating_point()
 
     def build(self, sites: Sequence[Site]) -> Built:
         for glob in self.ranks:
@@ -139,7 +141,7 @@ class LoRA(Method):
 
     def _module(self, site: Site) -> LowRank:
         if not self.fits(site):
-            raise InputError(f"LoRA needs a matrix, and {site.key} is none; write Tune(sites=({site.kind!r},))")
+            raise InputError(f"LoRA needs a floating-point matrix, which {site.key} ({site.kind}) is not")
         rank = next((r for glob, r in self.ranks.items() if _matches(glob, site)), self.rank)
         alpha = rank if self.alpha is None else self.alpha
         scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)

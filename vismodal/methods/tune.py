@@ -31,7 +31,7 @@ class Copy(WeightModule):
         return (self.value, b) if self.slot == "weight" else (W, self.value)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Tune(Method):
     """Trainable copies of parameters: heads, norms, biases, or any weight."""
 
