@@ -1,4 +1,4 @@
-"""What can go on beside training: a progress bar, the log of metrics, something every so many steps, outside trackers."""
+"""What goes on beside training: a progress bar, the log of metrics, something every so many steps, trackers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from vismodal.errors import InputError
 from vismodal.files import write_file
 
 
@@ -29,7 +30,7 @@ class Callback:
 
 
 class Progress(Callback):
-    """A bar with loss (a running mean), steps a second and the time left. Where no terminal listens, a line now and then."""
+    """A bar with loss (a running mean), speed and time left; where no terminal listens, a line now and then."""
 
     def begin(self, step: int, total: int) -> None:
         quiet = 0.1 if sys.stderr.isatty() else 15.0
@@ -89,16 +90,16 @@ class Log:
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.before = kept[-1]["seconds"] if kept else 0.0
         self.start = time.perf_counter()
-        self.file = path.open("a", encoding="utf-8")
+        self.path = path
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends {"step", "seconds" of training in all, metrics...}."""
         seconds = round(self.before + time.perf_counter() - self.start, 3)
-        self.file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

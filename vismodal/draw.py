@@ -1,6 +1,6 @@
-"""Random numbers by key instead of by running state: what is drawn depends on the seed, the purpose and the index alone.
+"""Random numbers by key instead of by running state: a draw depends on the seed, the purpose and the index alone.
 
-A run that is stopped and resumed, that caches or does not, that finds its class images or makes them, then draws the same.
+A run that is stopped and resumed, that caches or not, that finds its class images or makes them, then draws the same.
 """
 
 from __future__ import annotations

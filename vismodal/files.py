@@ -37,7 +37,8 @@ def write_file(path: Path, data: bytes | str | Callable[[Path], object]) -> Path
         _publish(temporary, path)
         return path
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        why = error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {why}; free some space, or choose another folder") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -60,7 +61,7 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> Path:
-    """One safetensors file, whole or absent. The bytes are made in memory: safetensors hides the system's error codes."""
+    """One safetensors file, whole or absent. Its bytes are made in memory: safetensors hides the system's errors."""
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     return write_file(path, save(plain, metadata=dict(header or {})))
 

@@ -20,7 +20,7 @@ class Interrupts:
             save()
 
     Args:
-        flag_only: only set `asked`, for one of several processes that must leave together; a second signal still breaks.
+        flag_only: only set `asked`: for one of several processes that must leave together; a second signal breaks.
     """
 
     def __init__(self, flag_only: bool = False) -> None:
@@ -64,7 +64,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _heard(self, number: int, frame: object) -> None:
-        # `asked` is kept beside the exception, which Python swallows where it comes out of a __del__ or a weakref callback
+        # `asked` stays beside the exception, which Python swallows where it comes out of a __del__ or weakref callback
         again, self.asked = self.asked, True
         if not self._shield and (again or (self._inside and not self._flag_only)):
             raise KeyboardInterrupt

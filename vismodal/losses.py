@@ -1,10 +1,10 @@
 """Diffusion training losses as small pure functions: shapes in, shapes out, no models and no loops.
 
-Throughout, B is the batch, `...` the latent's own dimensions (channels, height, width), T the number of noise levels, and
-`alpha_bar` is the scheduler's ``alphas_cumprod`` *gathered at each sample's timestep*, of shape (B,).
+Throughout, B is the batch, `...` the latent's own dimensions (channels, height, width), and `alpha_bar` is the
+scheduler's ``alphas_cumprod`` *gathered at each sample's timestep*, of shape (B,).
 
-Sources: DDPM (Ho et al. 2020, eq. 4 and 14) for the noising and the epsilon loss; Progressive Distillation (Salimans & Ho
-2022, appendix D) for v; Min-SNR (Hang et al. 2023, eq. 7-8); DreamBooth (Ruiz et al. 2023, eq. 2) for the prior term;
+Sources: DDPM (Ho et al. 2020, eq. 4 and 14) for the noising and the epsilon loss; Progressive Distillation (Salimans
+and Ho 2022, appendix D) for v; Min-SNR (Hang et al. 2023); DreamBooth (Ruiz et al. 2023, eq. 2) for the prior term;
 offset noise from Guttenberg's "Diffusion with Offset Noise" (2023).
 """
 
@@ -34,7 +34,7 @@ def prediction_type(name: str) -> Prediction:
 def _like(per_sample: Tensor, x: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, ...) with as many dimensions as x: the one place where a per-sample value may broadcast."""
     if per_sample.shape != x.shape[:1]:
-        raise ValueError(f"expected one value for each of the {x.shape[0]} samples, got shape {tuple(per_sample.shape)}")
+        raise ValueError(f"expected one value for each of the {len(x)} samples, got shape {tuple(per_sample.shape)}")
     return per_sample.reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -44,7 +44,7 @@ def add_noise(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:
-    """noise + strength * offset, with one offset for each sample and channel, so that the mean brightness can be learnt.
+    """noise + strength * offset, one offset for each sample and channel, so that the mean brightness can be learnt.
 
     noise: (B, C, H, W); offset: standard normal (B, C, 1, 1).
     """

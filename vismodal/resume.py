@@ -1,4 +1,4 @@
-"""Training checkpoints: one safetensors file with the adapter, the optimiser and the step, from which a run goes on exactly.
+"""Training checkpoints: one safetensors file with adapter, optimiser and step, from which a run goes on exactly.
 
 No random state is saved: every draw of `vismodal.train` comes from a generator keyed by seed, purpose, step and index.
 The base model is never saved; what it was, and which settings must be the same, is in `Checkpoints.identity`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,11 +67,25 @@ class Checkpoints:
         """Writes the state after `step` steps; older files go only when the new one stands. `extra`: JSON values."""
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
         state, rest = _pack(optimizer, adapter)
-        header = {"step": step, "identity": dict(self.identity), "optimizer": rest, "extra": dict(extra or {})}
-        path = write_tensors(self.path(step), tensors | state, {"format": FORMAT, "vismodal": json.dumps(header)})
+        header = {"format": FORMAT, "step": step, "identity": dict(self.identity), "optimizer": rest}
+        header |= {"extra": dict(extra or {}), "threads": torch.get_num_threads()}
+        # one entry: safetensors writes several in random order, and equal checkpoints would be unequal files
+        path = write_tensors(self.path(step), tensors | state, {"vismodal_training": json.dumps(header)})
         for _, old in self._numbered()[: -self.keep]:
             old.unlink(missing_ok=True)
         return path
+
+    def check(self, steps: int) -> None:
+        """Raises `InputError` if the newest checkpoint has another identity or more than `steps` steps."""
+        path = self.newest()
+        if path is not None:
+            header, _ = _read(path)
+            self._compare(path, header["identity"])
+            if header["step"] > steps:
+                done = header["step"]
+                raise InputError(
+                    f"the run has made {done} steps already, more than steps={steps}; write {done} or more"
+                )
 
     def restore(self, adapter: Trainable, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
         """Loads the newest whole checkpoint; gives its step and `extra`, or (0, {}) where there is none.
@@ -82,7 +97,11 @@ class Checkpoints:
             return 0, {}
         remove_leftovers(self.folder)
         header, tensors = _read(path)
-        self._check(path, header["identity"])
+        self._compare(path, header["identity"])
+        ours, theirs = torch.get_num_threads(), header["threads"]
+        if ours != theirs:
+            equal = "equals an uninterrupted run only up to rounding"
+            print(f"note: {path.name} was made with {theirs} threads, this run has {ours} and {equal}", file=sys.stderr)
         _load_adapter(path, adapter, {k[8:]: v for k, v in tensors.items() if k.startswith("adapter.")})
         _unpack(optimizer, adapter, tensors, header["optimizer"])
         return int(header["step"]), header["extra"]
@@ -91,14 +110,14 @@ class Checkpoints:
         found = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("step-*.safetensors"))
         return sorted((int(match[1]), path) for match, path in found if match)
 
-    def _check(self, path: Path, theirs: Mapping[str, Any]) -> None:
+    def _compare(self, path: Path, theirs: Mapping[str, Any]) -> None:
         ours = json.loads(json.dumps(dict(self.identity)))  # as it looks after saving: tuples are lists
         differ = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
         if differ:
             told = "; ".join(f"{n} was {theirs.get(n)!r} and is now {ours.get(n)!r}" for n in sorted(differ)[:3])
             more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
             raise InputError(
-                f"{path} cannot be resumed with other settings: {told}{more}. Give the old ones, or another output folder"
+                f"{path} cannot be resumed with other settings: {told}{more}. Give the old ones, or another folder"
             )
 
 
@@ -112,10 +131,10 @@ def _is_whole(path: Path) -> bool:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
-        meta = file.metadata() or {}
-        if meta.get("format") != FORMAT:
-            raise InputError(f"{path} is no training checkpoint of this version ({meta.get('format')!r}, not {FORMAT!r})")
-        return json.loads(meta["vismodal"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads((file.metadata() or {}).get("vismodal_training", "{}"))
+        if header.get("format") != FORMAT:
+            raise InputError(f"{path} is no checkpoint of this version: {header.get('format')!r}, not {FORMAT!r}")
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _load_adapter(path: Path, adapter: Trainable, state: dict[str, Tensor]) -> None:
@@ -124,8 +143,8 @@ def _load_adapter(path: Path, adapter: Trainable, state: dict[str, Tensor]) -> N
     if ours != theirs:
         name = sorted(dict(ours.items() ^ theirs.items()))[0]
         raise InputError(
-            f"{path} holds another adapter: {name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} "
-            "here. It was trained on another model or with other sites; give those, or another output folder"
+            f"{path} holds another adapter: {name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')}"
+            " here. It was trained on another model or with other sites; give those, or another output folder"
         )
     adapter.load_state_dict(state)
 
@@ -159,8 +178,8 @@ def _unpack(optimizer: Optimizer, adapter: Trainable, tensors: Mapping[str, Tens
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(_names(optimizer, adapter)):
         prefix = f"optimizer.{name}."
-        # parameter names end in no dot: "a.A." is no prefix of "a.AB."; state keys hold no dot
-        found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix) and "." not in k[len(prefix) :]}
+        found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        found = {k: v for k, v in found.items() if "." not in k}  # a longer name may begin like this one
         found |= rest["scalars"].get(name, {})
         if found:
             state[index] = found

@@ -1,15 +1,16 @@
 """One small training loop for every pipeline: exact to the bit when resumed, and silent about nothing.
 
     def loss(micro):                                   # one micro-batch; `micro` draws everything that is random
-        rows = [order[p % n] for p in micro.positions(batch)]
-        noise = torch.stack([torch.randn(4, 8, 8, generator=micro.generator("noise", p)) for p in ...])
+        places = micro.positions(batch)                # this micro-batch's rows in the endless reading of the data
+        x = images[[shuffled(micro.seed, "images", len(images), p) for p in places]]
+        noise = torch.stack([torch.randn(x[0].shape, generator=micro.generator("noise", p)) for p in places])
         return {"loss": ...}                           # a scalar; further scalars are logged beside it
 
     fit(loss, adapter, optimizer, plan=Plan(steps=500, accumulate=4), checkpoints=Checkpoints(folder, every=100))
 
-A *step* is one update of the parameters, made of `accumulate` micro-batches on each of `world` processes. Random numbers
-come from generators keyed by (seed, purpose, index), never from a running state: a run that is stopped anywhere and
-resumed, also inside an epoch or an accumulation (which replays from its start), draws what it would have drawn.
+A *step* is one update of the parameters, made of `accumulate` micro-batches on each of `world` processes. Random
+numbers come from generators keyed by (seed, purpose, index), never from a running state: a run that is stopped anywhere
+and resumed, also inside an epoch or an accumulation (which replays from its start), draws what it would have drawn.
 
 accelerate gives device, precision and processes. Several processes share gradients by one all-reduce of the adapter's
 flattened gradients per step: adapters are small, the models need no wrapper, and unused base parameters cost nothing.
@@ -91,7 +92,7 @@ class Micro:
     world: int = 1
 
     def positions(self, batch: int) -> range:
-        """Places of this micro-batch's rows in the endless reading of the data, so that no two micro-batches share one."""
+        """Places of its rows in the endless reading of the data; no two micro-batches share one."""
         start = (self.index * self.world + self.rank) * batch
         return range(start, start + batch)
 
@@ -126,8 +127,8 @@ def fit(
     """Trains `adapter`'s parameters to lower `loss`, from the newest of `checkpoints` where there is one.
 
     `log` is the metrics.jsonl. Ctrl-C and SIGTERM save a checkpoint and give an `Outcome` with `stopped`.
-    Raises `InputError` if the loss or the gradient is not finite (the last good state is saved before), if a site of the
-    adapter turns out dead, and if the checkpoint is another run's or has more than `plan.steps` steps.
+    Raises `InputError` if the loss or the gradient is not finite (the last good state is saved before), if a site of
+    the adapter turns out dead, and if the checkpoint is another run's or has more than `plan.steps` steps.
     """
     run = _Run(loss, adapter, optimizer, plan, accelerator or Accelerator(), checkpoints)
     main = run.accelerator.is_main_process
@@ -152,8 +153,6 @@ def fit(
         finally:
             for callback in watchers:
                 callback.end()
-            if lines:
-                lines.close()
         run.save()
     optimizer.zero_grad()
     return Outcome(run.step, run.metrics, run.stop.asked)
@@ -177,15 +176,15 @@ class _Run:
         self.rates = [float(g["lr"]) for g in optimizer.param_groups]
         self.metrics: Mapping[str, float] = {}
         self.stop = Interrupts(flag_only=accelerator.num_processes > 1)
+        if checkpoints:
+            checkpoints.check(plan.steps)
         self.step, extra = checkpoints.restore(adapter, optimizer) if checkpoints else (0, {})
-        if self.step > plan.steps:
-            raise InputError(f"the checkpoint is at step {self.step} already; write steps={self.step} or more")
         self.saved = self.first = self.step
         if self.scaler is not None and "scaler" in extra:
             self.scaler.load_state_dict(extra["scaler"])
 
     def update(self, log: Log | None) -> None:
-        """One step: all micro-batches forward and backward, then the parameters. Interrupted before that, nothing changed."""
+        """One step: all micro-batches forward and backward, then the parameters, which until then are untouched."""
         self.optimizer.zero_grad()
         rate = self.plan.rate(self.step)
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -243,8 +242,8 @@ class _Run:
         if dead:
             shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
             raise InputError(
-                f"{len(dead)} sites of the adapter did not run or got no gradient in the first step: {shown}. Leave them "
-                "out with sites= or where=, or undo what was done to the model after adapt (such as fuse_qkv_projections)"
+                f"{len(dead)} sites of the adapter did not run or got no gradient in the first step: {shown}. Leave "
+                "them out with sites= or where=, or undo what was done to the model after adapt (fuse_qkv_projections?)"
             )
 
     def _check_finite(self, metrics: Mapping[str, float]) -> None:
@@ -253,7 +252,8 @@ class _Run:
         if not bad:
             return
         self.save()
-        kept = f"; the state after step {self.step} is in {self.checkpoints.folder}" if self.saved and self.checkpoints else ""
+        folder = self.checkpoints.folder if self.checkpoints and self.saved else None
+        kept = f"; the state after step {self.step} is in {folder}" if folder else ""
         raise InputError(
             f"{' and '.join(bad)} at step {self.step + 1}{kept}. Lower the learning rate (now {metrics['lr']:g}), "
             "or use mixed_precision bf16 or no"

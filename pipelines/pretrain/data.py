@@ -1,0 +1,206 @@
+"""Emoji composites with captions, for every model trained in this folder.
+
+A composite is one RGBA emoji at a random size and place on a background of a named colour (sometimes two), 64 px. Its
+captions name the emoji and, mostly, the background. Every draw comes from a generator keyed (seed, purpose, step,
+index), so a resumed run sees the batches that it would have seen, and the evaluation composites never change.
+
+Expected layout of the data folder (`../shared/data.md`): `emoji/{noto,fluent}/*.{png,webp}` + `metadata.jsonl`, and,
+for the autoencoder's share of photos, `cifar100_train.npz`, `dreambooth/*/*.jpg`, `transfer/*/train/*/*.jpg`. Missing
+photos are skipped with a word; missing emoji are an error.
+"""
+
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SIZE = 64
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "white": (250, 250, 250),
+    "black": (20, 20, 20),
+    "gray": (140, 140, 140),
+    "red": (214, 48, 48),
+    "orange": (245, 140, 40),
+    "yellow": (250, 215, 70),
+    "green": (60, 165, 80),
+    "blue": (45, 105, 220),
+    "purple": (135, 70, 190),
+    "pink": (250, 150, 190),
+    "brown": (125, 80, 50),
+}
+# Plain forms come up as often as they do in a DreamBooth prompt list, so that "a photo of a strawberry" works.
+SUBJECT_FORMS = (
+    "a drawing of {a}",
+    "a drawing of {a}",
+    "a picture of {a}",
+    "a photo of {a}",
+    "an image of {a}",
+    "{a}",
+    "{name}",
+)
+PLACE_FORMS = ("{s} on a {c} background", "{s} on a {c} background", "{s} on {c}", "{s}, {c} background")
+# Which emoji only the evaluation sees: a hash of the file's stem, so that adding pictures moves no other.
+HELD_OUT_MODULUS = 20
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """One emoji: premultiplied RGBA uint8 [h, w, 4] and the words that name it, best first."""
+
+    stem: str
+    rgba: np.ndarray
+    names: tuple[str, ...]
+    category: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the *autoencoder* never trains on it."""
+        return zlib.crc32(self.stem.encode()) % HELD_OUT_MODULUS == 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one composite is put together; `second` is the lower half's colour or the same as `colour`."""
+
+    emoji: int
+    colour: str
+    second: str
+    size: int
+    left: int
+    top: int
+
+
+def rng(seed: int, purpose: str, step: int = 0, index: int = 0) -> np.random.Generator:
+    """A generator keyed by what it is for, never by what was drawn before."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), step, index])
+
+
+def load_emoji(data: Path, style: str) -> list[Emoji]:
+    """All emoji of one style, sorted by file name."""
+    folder = data / "emoji" / style
+    listing = folder / "metadata.jsonl"
+    if not listing.exists():
+        raise FileNotFoundError(
+            f"{listing} is missing: `data` must be the folder that holds emoji/{style}, see shared/data.md"
+        )
+    rows = sorted((json.loads(line) for line in listing.read_text().splitlines()), key=lambda row: row["file_name"])
+    return [_read_emoji(folder, row) for row in rows]
+
+
+def _read_emoji(folder: Path, row: dict[str, object]) -> Emoji:
+    with Image.open(folder / str(row["file_name"])) as picture:
+        # "RGBa" is premultiplied: resizing straight RGBA would pull the colour of invisible pixels into the edges.
+        rgba = np.asarray(picture.convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS).convert("RGBa"))
+    words = [str(row["text"]), *(str(k) for k in row["keywords"])]  # type: ignore[attr-defined]
+    names = tuple(dict.fromkeys(w.replace("_", " ").replace("-", " ").lower().strip() for w in words))
+    return Emoji(Path(str(row["file_name"])).stem, rgba, names, str(row["category"]).lower())
+
+
+def draw_layout(r: np.random.Generator, emoji: int, two_tone: float = 0.1, fixed: bool = False) -> Layout:
+    """Size, place and background of a composite; `fixed` centres the emoji at its usual size."""
+    colours = list(COLOURS)
+    colour = colours[r.integers(len(colours))]
+    second = colours[r.integers(len(colours))] if r.random() < two_tone else colour
+    size = 56 if fixed else int(r.integers(44, 61))
+    left, top = (int(v) for v in ([4, 4] if fixed else r.integers(0, SIZE - size + 1, 2)))
+    return Layout(emoji, colour, second, size, left, top)
+
+
+def compose(emoji: Emoji, layout: Layout) -> np.ndarray:
+    """The composite as uint8 [64, 64, 3]."""
+    canvas = np.empty((SIZE, SIZE, 3), np.float32)
+    canvas[: SIZE // 2] = COLOURS[layout.colour]
+    canvas[SIZE // 2 :] = COLOURS[layout.second]
+    small = Image.fromarray(emoji.rgba, "RGBa").resize((layout.size,) * 2, Image.Resampling.BICUBIC)
+    front = np.asarray(small, np.float32)
+    rows, cols = slice(layout.top, layout.top + layout.size), slice(layout.left, layout.left + layout.size)
+    canvas[rows, cols] = canvas[rows, cols] * (1 - front[..., 3:] / 255) + front[..., :3]
+    return canvas.clip(0, 255).round().astype(np.uint8)
+
+
+def with_article(name: str) -> str:
+    """`a strawberry`, `an apple`; names that end in s (`scissors`) stay bare."""
+    if name.endswith("s") and not name.endswith("ss"):
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def background_of(layout: Layout) -> str:
+    """The words for a layout's background: `blue`, or `blue and white`."""
+    return layout.colour if layout.colour == layout.second else f"{layout.colour} and {layout.second}"
+
+
+def caption(r: np.random.Generator, emoji: Emoji, layout: Layout) -> str:
+    """One of the many captions of a composite; a tenth name the category too, a fifth leave the background out."""
+    name = emoji.names[0] if r.random() < 0.7 else emoji.names[r.integers(len(emoji.names))]
+    text = SUBJECT_FORMS[r.integers(len(SUBJECT_FORMS))].format(a=with_article(name), name=name)
+    if r.random() < 0.1:
+        text = f"{text}, {emoji.category}"
+    if r.random() < 0.8:
+        text = PLACE_FORMS[r.integers(len(PLACE_FORMS))].format(s=text, c=background_of(layout))
+    return text
+
+
+def plain_caption(emoji: Emoji, layout: Layout) -> str:
+    """The one caption that evaluation uses."""
+    return f"a drawing of {with_article(emoji.names[0])} on a {background_of(layout)} background"
+
+
+def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [b][64, 64, 3] to float [b, 3, 64, 64] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+class Photos:
+    """Random 64 px crops of whatever photographs the data folder holds, for the autoencoder."""
+
+    def __init__(self, data: Path, most: int = 6000, seed: int = 0) -> None:
+        r = rng(seed, "photo files")
+        files = sorted(data.glob("transfer/*/train/*/*.jpg"))
+        files = [files[i] for i in r.permutation(len(files))[:most]]
+        # Forty-odd DreamBooth photos against thousands of others: repeated, or they would hardly be seen.
+        self.subjects = [self._read(p, 128) for p in sorted(data.glob("dreambooth/*/*.jpg"))]
+        self.pictures = [self._read(p, 96) for p in files] + self._cifar(data / "cifar100_train.npz", r, most)
+        if not self.pictures and not self.subjects:
+            print(f"no photos under {data}: the autoencoder trains on emoji alone")
+
+    def __bool__(self) -> bool:
+        return bool(self.pictures or self.subjects)
+
+    @staticmethod
+    def _read(file: Path | io.BytesIO, side: int) -> np.ndarray:
+        with Image.open(file) as picture:
+            rgb = picture.convert("RGB")
+        scale = side / min(rgb.size)
+        if scale < 1:
+            rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
+        return np.asarray(rgb)
+
+    def _cifar(self, file: Path, r: np.random.Generator, most: int) -> list[np.ndarray]:
+        if not file.exists():
+            return []
+        stored = np.load(file)
+        blob, offsets = stored["jpeg"].tobytes(), stored["offsets"]
+        chosen = r.permutation(len(offsets) - 1)[:most]
+        return [self._read(io.BytesIO(blob[offsets[i] : offsets[i + 1]]), SIZE) for i in chosen]
+
+    def draw(self, r: np.random.Generator) -> np.ndarray:
+        """One crop, uint8 [64, 64, 3], mirrored half of the time."""
+        pool = self.subjects if self.subjects and (not self.pictures or r.random() < 0.4) else self.pictures
+        picture = pool[r.integers(len(pool))]
+        h, w = picture.shape[:2]
+        # From a crop of 3/4 of the short side to the whole of it.
+        side = int(min(h, w) * r.uniform(0.75, 1))
+        top, left = int(r.integers(h - side + 1)), int(r.integers(w - side + 1))
+        crop = Image.fromarray(picture[top : top + side, left : left + side]).resize(
+            (SIZE, SIZE), Image.Resampling.BICUBIC
+        )
+        out = np.asarray(crop)
+        return out[:, ::-1] if r.random() < 0.5 else out

@@ -1,0 +1,128 @@
+"""The `vismodal` command. A subcommand is a pipeline: one line in `COMMANDS`, its settings the `Config` of its file."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from vismodal.errors import InputError, one_line
+
+
+class Command(NamedTuple):
+    """A subcommand: the pipeline's file in `pipelines/`, and a line for the overview."""
+
+    pipeline: str
+    help: str
+
+
+COMMANDS = {
+    "dreambooth": Command("dreambooth", "teach Stable Diffusion a subject from a few photos"),
+}
+
+OVERVIEW = """\
+vismodal: parameter-efficient fine-tuning of vision, vision-language and diffusion models
+
+  vismodal COMMAND                        run it as it is: each one has a small example built in
+  vismodal COMMAND --help                 every setting, with what it does
+  vismodal COMMAND --config FILE.yaml     settings from a file; those after it on the line win
+  vismodal COMMAND --print_config         that file, to begin with
+
+commands:
+{commands}
+
+start here:
+  vismodal dreambooth
+  vismodal dreambooth --photos my_dog --prompt "a photo of sks dog" --model OWNER/STABLE-DIFFUSION
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and gives its exit code: 0, 2 for bad input (one line says what), 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except InputError as error:
+        problem = str(error)
+    except OSError as error:  # the system refuses: no space, no permission
+        problem = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"error: {one_line(problem)}", file=sys.stderr)
+    return 2
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS)) + 2
+        print(OVERVIEW.format(commands="\n".join(f"  {n:<{width}}{c.help}" for n, c in COMMANDS.items())), end="")
+        return 0
+    if arguments[0] == "--version":
+        from vismodal import __version__
+
+        print(f"vismodal {__version__}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        raise InputError(f"there is no command {arguments[0]!r}; write one of {', '.join(COMMANDS)}, or --help")
+    name, *rest = arguments
+    pipeline = load_pipeline(COMMANDS[name].pipeline)
+    config = parse(pipeline.Config, f"vismodal {name}", rest)
+    pipeline.main(config)
+    return 0
+
+
+def load_pipeline(name: str) -> ModuleType:
+    """The module `vismodal.pipelines.NAME`, which in a checkout lies in `pipelines/` beside the package."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "pipelines"
+    if not (package / "pipelines").is_dir() and checkout.is_dir():
+        beside = sys.modules.setdefault("vismodal.pipelines", ModuleType("vismodal.pipelines"))
+        beside.__path__ = [str(checkout)]
+    try:
+        return importlib.import_module(f"vismodal.pipelines.{name}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("vismodal.pipelines"):
+            raise InputError(f"this installation lacks the pipeline {name}; install vismodal anew") from error
+        extra = 'pip install "vismodal[all]"'
+        raise InputError(f"{name} needs the package {error.name}, which is not installed; write {extra}") from error
+
+
+def parse(config: type, program: str, arguments: Sequence[str]) -> object:
+    """A command line as an instance of the dataclass `config`. Raises `InputError` for what it does not allow."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    what = (config.__doc__ or "").split("\n\n")[0]
+    parser = ArgumentParser(prog=program, usage=f"{program} [settings]", description=what, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with settings, as a run leaves it in its folder")
+    parser.add_class_arguments(config, as_group=False)
+    try:
+        given = parser.parse_args(_normal(config, arguments))
+    except ArgumentError as error:
+        raise InputError(f"{error} (see {program} --help)") from error
+    values = parser.instantiate(given)
+    return config(**{f.name: values[f.name] for f in fields(config)})
+
+
+def _normal(config: type, arguments: Sequence[str]) -> list[str]:
+    """--batch-size as --batch_size, and a bare --flag as --flag=true."""
+    switches = {f"--{f.name}" for f in fields(config) if f.type in (bool, "bool")}
+    result: list[str] = []
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = f"--{name[2:].replace('-', '_')}"
+            following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+            if name in switches and not equals and following.lower() not in ("true", "false"):
+                equals, value = "=", "true"
+            argument = f"{name}{equals}{value}"
+        result.append(argument)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""A run's folder, its config.yaml, what a resume compares, and the accelerator: alike in all pipelines."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shlex
+import sys
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+
+from vismodal.data.photos import Photo, read_photos
+from vismodal.errors import InputError
+from vismodal.files import write_file
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+CONFIG = "config.yaml"
+
+
+def start_accelerator(mixed_precision: str, track: str | None, folder: Path | None) -> Accelerator:
+    """Device, precision, processes and trackers. Raises `InputError` for what this machine cannot do."""
+    if AcceleratorState._shared_state:  # an earlier run of this process; its precision would be refused or stay
+        AcceleratorState._reset_state()
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, log_with=track, project_dir=folder)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"accelerate refuses mixed_precision={mixed_precision!r}, track={track!r}: {error}") from error
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate lets it pass and does nothing
+        raise InputError("mixed_precision=fp16 needs a GPU; write bf16 or no")
+    return accelerator
+
+
+def claim(output: Path | None, name: str, resume: bool, accelerator: Accelerator) -> Path:
+    """The run's folder: `output`, or without it the next free runs/NAME-N, the same for all processes.
+
+    Raises `InputError` if it holds a run that is not to be resumed, or if there is none to resume.
+    """
+    if resume:
+        if output is None or not (output / CONFIG).is_file():
+            where = "give the run's folder: --config RUN/config.yaml --resume"
+            raise InputError(f"nothing to resume: {f'{output} holds no {CONFIG}' if output else 'no output'}; {where}")
+        return output
+    if output is not None and (output / CONFIG).exists():
+        raise InputError(
+            f"{output} holds a run already; go on with it by --config {output / CONFIG} --resume, or name another"
+        )
+    if output is None:
+        names = (Path("runs") / f"{name}-{n}" for n in itertools.count(1))
+        output = broadcast_object_list([next(path for path in names if not path.exists())])[0]
+    assert output is not None
+    if output.exists() and not output.is_dir():
+        raise InputError(f"the output {output} is a file; give a folder")
+    return output
+
+
+def save_config(config: DataclassInstance, folder: Path) -> None:
+    """The settings as a YAML file that `--config` reads, ready for `--resume`."""
+    plain = {name: _plain(value) for name, value in asdict(config).items() if name != "resume"}
+    write_file(folder / CONFIG, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def identity(config: DataclassInstance, free: Collection[str], **more: Any) -> dict[str, Any]:
+    """All settings but the `free` ones, and whatever else decides the outcome, for `Checkpoints.identity`."""
+    return {name: _plain(value) for name, value in asdict(config).items() if name not in free} | more
+
+
+def digest(photos: Iterable[Photo]) -> str:
+    """Pictures and captions as a short hash: their content, wherever they lie."""
+    total, count = hashlib.sha256(), 0
+    for photo in photos:
+        total.update(repr((photo.image.size, photo.caption)).encode() + photo.image.tobytes())
+        count += 1
+    return f"{count} pictures {total.hexdigest()[:12]}"
+
+
+def at_least(config: DataclassInstance, least: float, *names: str) -> None:
+    """Raises `InputError` for the first of these settings that is smaller (or no number)."""
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise InputError(f"{name} must be at least {least}, not {getattr(config, name)}")
+
+
+def read_and_tell(folder: Path, captions: bool = True) -> list[Photo]:
+    """The photos of a folder, with their captions or without; the files that are left out are named on stderr."""
+    found = read_photos(folder)
+    for rejected in found.rejected:
+        print(f"skipped {rejected}", file=sys.stderr)
+    return [photo if captions else replace(photo, caption=None) for photo in found.photos]
+
+
+def resume_command(pipeline: str, folder: Path) -> str:
+    """What to type to go on with a run."""
+    return f"vismodal {pipeline} --config {shlex.quote(str(folder / CONFIG))} --resume"
