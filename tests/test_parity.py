@@ -190,6 +190,18 @@ def test_ranks_by_site() -> None:
         vm.adapt(model, vm.LoRA(ranks={"conv": 3}), name="b")
 
 
+def test_parts_of_unequal_scaling_on_one_weight() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    qkv = model.blocks[0].attn.qkv
+    shake(adapter := vm.adapt(model, vm.LoRA(rank=2, alpha=3, ranks={"attn.v": 5})), 0.3)
+    q, v = adapter.modules.values()
+    x = fixed(2, 5, 192)
+    W = qkv.weight + torch.cat([3 / 2 * q.B @ q.A, torch.zeros(192, 192), 3 / 5 * v.B @ v.A])
+    assert close(qkv(x), F.linear(x, W, qkv.bias), 1e-6)
+    assert close(qkv(x[0, 0]), F.linear(x[0, 0], W, qkv.bias), 1e-6)  # a single vector
+
+
 def test_columns_are_a_range_too() -> None:
     torch.manual_seed(0)
     net = Net(nn.Linear(6, 4))

@@ -48,7 +48,8 @@ class LowRank(WeightModule):
         A: Tensor = self.A
         if self.training and self.dropout:
             A = A * F.dropout(A.new_ones(A.shape[1]), self.dropout).view(-1, *[1] * (A.dim() - 2))
-        return W + (self.scaling * self.B.to(W.dtype) @ A.flatten(1).to(W.dtype)).view_as(W), b
+        A, B = A.flatten(1).to(W.dtype), self.B.to(W.dtype)
+        return torch.addmm(W.flatten(1), B, A, alpha=self.scaling).view(W.shape), b
 
     @classmethod
     def can_update(cls, layer: nn.Module) -> bool:
@@ -57,19 +58,21 @@ class LowRank(WeightModule):
     @classmethod
     def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:
         """One product down and one up for all parts together: their A stacked, their B side by side."""
-        A, B = stack(parts, *_sizes(layer), torch.promote_types(y.dtype, torch.float32))
+        A, B, scaling = stack(parts, *_sizes(layer))
         first = cast(LowRank, parts[0].module)
         dropout = first.dropout if first.training else 0.0
         if isinstance(layer, nn.Embedding):
-            return y + (F.embedding(x, B) @ A).to(y.dtype)
+            return y + scaling * (F.embedding(x, B) @ A).to(y.dtype)
         x = F.dropout(x, dropout) if dropout else x
         A, B = A.to(x.dtype), B.to(x.dtype)
         if isinstance(layer, nn.Linear):
-            return y + F.linear(F.linear(x, A), B)
+            h = F.linear(x, A)  # ... r; added to y in the same pass that multiplies by B
+            y2, h2 = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+            return torch.addmm(y2, h2, B.t(), alpha=scaling).view(y.shape)
         assert isinstance(layer, Conv)
         h = layer._conv_forward(x, A.repeat(layer.groups, *[1] * (A.dim() - 1)), None)
         conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[A.dim()]
-        return y + conv(h, B.view(*B.shape, *[1] * (A.dim() - 2)), groups=layer.groups)
+        return y + conv(h, (scaling * B).view(*B.shape, *[1] * (A.dim() - 2)), groups=layer.groups)
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
@@ -82,20 +85,23 @@ def _sizes(layer: nn.Module) -> tuple[int, int]:
     return layer.out_channels, layer.in_channels // layer.groups
 
 
-def stack(parts: Sequence[Part], rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A: sum(r) x columns, B: rows x sum(r): each part's factors in its range, zero elsewhere. B takes the scaling."""
+def stack(parts: Sequence[Part], rows: int, columns: int) -> tuple[Tensor, Tensor, float]:
+    """A: sum(r) x columns, B: rows x sum(r): each part's factors in its range, zero elsewhere; and their scaling."""
+    modules = [cast(LowRank, part.module) for part in parts]
+    scalings = {m.scaling for m in modules}
+    common = scalings.pop() if len(scalings) == 1 else 1.0  # unequal ones go into B
     As: list[Tensor] = []
     Bs: list[Tensor] = []
-    for module, range_, axis in parts:
-        assert isinstance(module, LowRank)
-        A, B = module.A.to(dtype), module.scaling * module.B.to(dtype)
+    for module, (_, range_, axis) in zip(modules, parts, strict=True):
+        A: Tensor = module.A
+        B = module.B if module.scaling == common else module.scaling * module.B
         if range_ is not None and axis == 0:
             B = F.pad(B, (0, 0, range_[0], rows - range_[1]))
         elif range_ is not None:
             A = F.pad(A, (0, 0) * (A.dim() - 2) + (range_[0], columns - range_[1]))
         As.append(A)
         Bs.append(B)
-    return (As[0], Bs[0]) if len(parts) == 1 else (torch.cat(As), torch.cat(Bs, 1))
+    return (As[0], Bs[0], common) if len(parts) == 1 else (torch.cat(As), torch.cat(Bs, 1), common)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
