@@ -10,21 +10,22 @@ The same from Python: `main(Config(photos=Path("my_dog"), prompt="a photo of sks
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 import vismodal as vm
 from vismodal import diffusion, report, runs
-from vismodal.callbacks import Callback, Every, Progress, Track
+from vismodal.callbacks import Every, Progress, Track
 from vismodal.data.photos import Photo
 from vismodal.data.subject import CLASS_PROMPT, PROMPT, subject_folder
 from vismodal.denoise import Crop, Pictures, Prompts, Weights, denoising
-from vismodal.diffusion import Pipe
+from vismodal.diffusion import Generate, Pipe, Samples, fill_folder
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
@@ -32,7 +33,8 @@ from vismodal.formats import peft
 from vismodal.paths import asset
 from vismodal.prompts import check_class, check_subject, prompts_for, without_word
 from vismodal.resume import Checkpoints
-from vismodal.train import Plan, Schedule, fit
+from vismodal.runs import known
+from vismodal.train import Micro, Plan, Schedule, fit
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,16 @@ class Config:
         class_images: how many class images there are to be.
         class_folder: where they are found, or made and kept. Without it, OUTPUT/class.
         train_text_encoder: adapt the text encoder too.
-        sites: where LoRA attaches in the UNet; `vm.sites(unet)` lists what there is.
+        sites: where LoRA attaches in the UNet; `vm.sites(unet)` lists what there is. Without it, attn.* and xattn.*,
+            and with the embedded model mlp.* and conv too.
         text_sites: where it attaches in the text encoder.
         rank: inner dimension of LoRA.
         alpha: LoRA acts with alpha / rank; without it, with 1.
         dropout: probability of dropping LoRA's inputs while training.
-        steps: updates in all. More with --resume extends a finished run.
-        batch: photos for each forward pass; with a prior, as many class images on top.
+        steps: updates in all; 500, or 400 with the embedded model. More with --resume extends a finished run.
+        batch: photos for each forward pass, and as many class images on top; 1, or 4 with the embedded model.
         accumulate: forward passes for each update.
-        learning_rate: of AdamW, after warming up.
+        learning_rate: of AdamW, after warming up; 1e-4, or 3e-3 with the embedded model.
         schedule: course of the learning rate.
         warmup: updates over which it rises from zero.
         weight_decay: of AdamW.
@@ -76,12 +79,14 @@ class Config:
         gradient_checkpointing: less memory for more time.
         cache: encode photos and prompts once instead of at every step.
         sample_every: make sample images before, after, and every so many steps; 0 before and after only.
-        sample_prompts: of the samples. Without them, the prompt.
+        sample_prompts: of the samples. Without them, the prompt, and for the embedded subject on two new backgrounds.
         sample_count: samples for each prompt, with seeds that stay the same.
-        sample_steps: denoising steps of samples and class images.
-        guidance: classifier-free guidance of samples and class images.
+        sample_steps: denoising steps of samples and class images; 25, or 20 with the embedded model.
+        guidance: classifier-free guidance of samples and class images; 7.5, or 4 with the embedded model.
         save_every: save a checkpoint every so many steps; a stop and the end save one anyway.
         keep: how many checkpoints stay.
+        threads: of the CPU; torch's own choice, or 1 with the embedded model, which is too small to be shared out. A
+            resume is exact to the bit with as many.
         track: one of accelerate's trackers, such as tensorboard or wandb.
     """
 
@@ -100,15 +105,15 @@ class Config:
     class_images: int = 100
     class_folder: Path | None = None
     train_text_encoder: bool = False
-    sites: tuple[str, ...] = ("attn.*", "xattn.*")
+    sites: tuple[str, ...] | None = None
     text_sites: tuple[str, ...] = ("attn.*",)
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    steps: int = 500
-    batch: int = 1
+    steps: int | None = None
+    batch: int | None = None
     accumulate: int = 1
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     schedule: Schedule = "constant"
     warmup: int = 0
     weight_decay: float = 0.01
@@ -122,18 +127,31 @@ class Config:
     sample_every: int = 100
     sample_prompts: tuple[str, ...] = ()
     sample_count: int = 4
-    sample_steps: int = 25
-    guidance: float = 7.5
+    sample_steps: int | None = None
+    guidance: float | None = None
     save_every: int = 100
     keep: int = 2
+    threads: int | None = None
     track: str | None = None
 
+
+PHOTO = "a photo of sks dog"
+
+# The usual value, and the one that suits the embedded model, which is small, fast and far less trained.
+BY_MODEL = {
+    "sites": (("attn.*", "xattn.*"), ("attn.*", "xattn.*", "mlp.*", "conv")),
+    "steps": (500, 400),
+    "batch": (1, 4),
+    "learning_rate": (1e-4, 3e-3),
+    "sample_steps": (25, 20),
+    "guidance": (7.5, 4.0),
+}
 
 # What may change between a stop and its resume, since it does not touch what the adapter becomes; or (photos, model,
 # class_folder) because the content is compared, not the place; or (steps) because a resume may extend a run.
 FREE = {
     "photos", "model", "output", "resume", "class_folder", "steps", "gradient_checkpointing", "cache", "sample_every",
-    "save_every", "keep", "track",
+    "save_every", "keep", "threads", "track",
 }  # fmt: skip
 
 
@@ -149,63 +167,68 @@ class Result:
 def main(config: Config) -> Result:
     """Trains and writes the results into a folder. Raises `InputError` for input that cannot be used."""
     config = checked(config)
-    plan = Plan(config.steps, config.accumulate, config.seed, config.schedule, config.warmup, config.clip)
-    photos = runs.read_and_tell(config.photos or subject_folder(), captions=config.captions)
-    accelerator = runs.start_accelerator(config.mixed_precision, config.track, config.output)
-    half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
-    pipe = diffusion.load_pipeline(config.model or asset("tiny-sd"), half)
-    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
-        part.to(accelerator.device)
+    with runs.cpu_threads(known(config.threads)):
+        return run(config)
+
+
+def run(config: Config) -> Result:
+    """`main` for settings that are filled in."""
+    plan = Plan(known(config.steps), config.accumulate, config.seed, config.schedule, config.warmup, config.clip)
+    photos = runs.read_and_tell(config.photos or subject_folder(), config.resolution, config.captions)
+    accelerator = runs.start_accelerator(config.mixed_precision, config.track)
+    pipe = diffusion.load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)
     config = replace(config, resolution=config.resolution or diffusion.native_size(pipe))
-    prompts = prompts_for(photos, str(config.prompt), config.subject)
+    prompts = prompts_for(photos, known(config.prompt), config.subject)
     diffusion.warn_of_long(pipe, [*prompts, *config.sample_prompts])
     adapter = adapt(config, pipe)
     config = replace(config, output=runs.claim(config.output, "dreambooth", config.resume, accelerator))
-    output = Path(str(config.output))  # until here nothing was written: bad input leaves no trace
+    output = known(config.output)  # until here nothing was written: bad input leaves no trace
 
+    size, guidance = known(config.resolution), known(config.guidance)
+    generate = partial(diffusion.generate, pipe, size=size, steps=known(config.sample_steps), guidance=guidance)
+    sample = Samples(generate, output / "samples", config.sample_prompts, config.sample_count, config.seed)
     with accelerator.main_process_first(), adapter.disabled():  # the others find what the first process makes
         if accelerator.is_main_process and not config.resume:
             runs.save_config(config, output)
-        class_photos = class_images(config, pipe) if config.prior else []
-        sample(config, pipe, 0)
-    bases = {f"the model's {part}": f"{base.shapes} {base.values[:16]}" for part, base in adapter.bases.items()}
-    same = runs.identity(config, FREE, photos=runs.digest(photos), class_photos=runs.digest(class_photos), **bases)
+        class_photos = class_images(config, generate) if config.prior else []
+        sample(0)
+    content = {"photos": runs.digest(photos), "class_photos": runs.digest(class_photos), **runs.bases(adapter)}
+    same = runs.identity(config, FREE, **content)
     checkpoints = Checkpoints(output / "checkpoints", same, config.save_every, config.keep)
-    checkpoints.check(config.steps)
+    checkpoints.check(plan.steps)
     if accelerator.is_main_process:
         runs.save_config(config, output)
-
-    sets = [pictures(config, pipe, "instance", photos, prompts)]
-    if config.prior:
-        sets.append(pictures(config, pipe, "class", class_photos, [str(config.class_prompt)] * len(class_photos)))
-    print(f"training {adapter.num_parameters:,} parameters on {len(adapter.modules)} sites; results go to {output}")
-    callbacks: list[Callback] = [Progress(), Every(config.sample_every, lambda step: sample(config, pipe, step))]
-    if config.track:
-        callbacks.append(Track(accelerator, "dreambooth", same))
-    weights = Weights(config.prior, config.min_snr, config.offset_noise)
-    encode = Prompts(pipe, cache=config.cache and not config.train_text_encoder)
+    accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(adapter.modules)} sites, into {output}")
     outcome = fit(
-        denoising(pipe, sets, encode, config.batch, weights),
+        loss_of(config, pipe, photos, prompts, class_photos),
         adapter,
-        torch.optim.AdamW(adapter.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay),
+        torch.optim.AdamW(adapter.parameters(), lr=known(config.learning_rate), weight_decay=config.weight_decay),
         plan=plan,
         accelerator=accelerator,
         checkpoints=checkpoints,
         log=output / "metrics.jsonl",
-        callbacks=callbacks,
+        callbacks=[
+            Progress(),
+            Every(config.sample_every, sample),
+            *([Track(accelerator, "dreambooth", same)] if config.track else []),
+        ],
     )
     if outcome.stopped:
         again = runs.resume_command("dreambooth", output)
-        print(f"stopped after step {outcome.step} of {config.steps}; go on with: {again}")
+        accelerator.print(f"stopped after step {outcome.step} of {plan.steps}; go on with: {again}")
     elif accelerator.is_main_process:
-        write_results(config, pipe, adapter, photos)
+        write_results(config, sample, adapter, photos)
     return Result(output, outcome.step, outcome.stopped)
 
 
 def checked(config: Config) -> Config:
     """The settings with prompt and class prompt filled in. Raises `InputError` for what makes no sense."""
     if config.prompt is None and config.photos is not None:
-        raise InputError('the prompt is missing; write what the photos show, such as --prompt "a photo of sks dog"')
+        raise InputError(f'the prompt is missing; write what the photos show, such as --prompt "{PHOTO}"')
+    embedded = config.model is None
+    config = replace(config, threads=config.threads or (1 if embedded else torch.get_num_threads()))
+    unset = {name: values[embedded] for name, values in BY_MODEL.items() if getattr(config, name) is None}
+    config = replace(config, **unset)  # type: ignore[arg-type]
     prompt, word = config.prompt or PROMPT, config.subject
     check_subject(prompt, word)
     class_prompt = config.class_prompt or (CLASS_PROMPT if prompt == PROMPT else without_word(prompt, word))
@@ -215,85 +238,65 @@ def checked(config: Config) -> Config:
     runs.at_least(config, 0, "prior", "min_snr", "offset_noise", "sample_every", "save_every", "learning_rate")
     if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
         raise InputError(f"resolution must be a multiple of 8, not {config.resolution}")
-    return replace(config, prompt=prompt, class_prompt=class_prompt)
+    new = tuple(f"{prompt} on a {colour} background" for colour in ("white", "orange"))  # no photo has these
+    samples = config.sample_prompts or (new if config.photos is None else (prompt,))
+    return replace(config, prompt=prompt, class_prompt=class_prompt, sample_prompts=samples)
 
 
-def class_images(config: Config, pipe: Pipe) -> list[Photo]:
+def class_images(config: Config, generate: Generate) -> list[Photo]:
     """The class images; those that are missing are generated first."""
-    folder = config.class_folder or Path(str(config.output)) / "class"
-    made = diffusion.fill_folder(
-        folder,
-        config.class_images,
-        lambda seeds: generate(config, pipe, [str(config.class_prompt)] * len(seeds), seeds),
-        seed=config.seed,
-    )
-    print(f"class images of {config.class_prompt!r}: {made} made, {config.class_images - made} found in {folder}")
-    return runs.read_and_tell(folder)
-
-
-def pictures(config: Config, pipe: Pipe, name: str, photos: Sequence[Photo], prompts: Sequence[str]) -> Pictures:
-    """Photos with their prompts, as latents."""
-    images, size = [photo.image for photo in photos], int(config.resolution or 0)
-    return Pictures(pipe, name, images, prompts, size=size, crop=config.crop, flip=config.flip, cache=config.cache)
+    folder, prompt = config.class_folder or known(config.output) / "class", known(config.class_prompt)
+    made = fill_folder(folder, config.class_images, lambda seeds: generate([prompt] * len(seeds), seeds), config.seed)
+    print(f"class images of {prompt!r}: {made} made, the others found in {folder}")
+    return runs.read_and_tell(folder, config.resolution)
 
 
 def adapt(config: Config, pipe: Pipe) -> vm.Adapter:
     """LoRA on the UNet and, where that is trained, on the text encoder; the models are in training mode then."""
-    rank, alpha, dropout = config.rank, config.alpha, config.dropout
+    lora = partial(vm.LoRA, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
     models: dict[str, torch.nn.Module] = {"unet": pipe.unet}
-    methods = [vm.LoRA(sites=config.sites, where="unet.*", rank=rank, alpha=alpha, dropout=dropout)]
+    methods = [lora(sites=known(config.sites), where="unet.*")]
     if config.train_text_encoder:
         models["text_encoder"] = pipe.text_encoder
-        where = "text_encoder.*"
-        methods.append(vm.LoRA(sites=config.text_sites, where=where, rank=rank, alpha=alpha, dropout=dropout))
+        methods.append(lora(sites=config.text_sites, where="text_encoder.*"))
     adapter = vm.adapt(models, methods, name="dreambooth", seed=seed_of(config.seed, "adapter"))
     for model in models.values():
         model.train()
     if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-        if config.train_text_encoder:
-            pipe.text_encoder.activation_checkpointing_enable()
+        diffusion.checkpoint_gradients(pipe, text_encoder=config.train_text_encoder)
     return adapter
 
 
-def generate(config: Config, pipe: Pipe, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-    """One image for each prompt and its seed."""
-    size = int(config.resolution or 0)
-    return diffusion.generate(pipe, prompts, seeds, size=size, steps=config.sample_steps, guidance=config.guidance)
+def loss_of(
+    config: Config, pipe: Pipe, photos: Sequence[Photo], prompts: Sequence[str], class_photos: Sequence[Photo]
+) -> Callable[[Micro], Mapping[str, Tensor]]:
+    """The loss of a micro-batch, over the photos and, with a prior, as many class images."""
+    size, crop, flip, cache = known(config.resolution), config.crop, config.flip, config.cache
+    pictures = partial(Pictures, pipe, size=size, crop=crop, flip=flip, cache=cache)
+    sets = [pictures("instance", [photo.image for photo in photos], prompts)]
+    if config.prior:
+        same = [known(config.class_prompt)] * len(class_photos)
+        sets.append(pictures("class", [photo.image for photo in class_photos], same))
+    encode = Prompts(pipe, cache=cache and not config.train_text_encoder)
+    weights = Weights(config.prior, config.min_snr, config.offset_noise)
+    return denoising(pipe, sets, encode, known(config.batch), weights)
 
 
-def sample(config: Config, pipe: Pipe, step: int) -> Path:
-    """samples/step-N.png, unless it is there: a row for each sample prompt, with the same seeds at every step."""
-    path = Path(str(config.output)) / "samples" / f"step-{step:07d}.png"
-    if not path.exists():
-        prompts, count = config.sample_prompts or (str(config.prompt),), config.sample_count
-        seeds = [seed_of(config.seed, "sample", i) for i in range(count)]
-        images = generate(config, pipe, [p for p in prompts for _ in seeds], seeds * len(prompts))
-        report.write_image(path, report.grid(images, count))
-    return path
-
-
-def write_results(config: Config, pipe: Pipe, adapter: vm.Adapter, photos: Sequence[Photo]) -> None:
-    """The adapter in our format and in diffusers', the sheet, the plot and the model card; then what to do next."""
-    output, step = Path(str(config.output)), config.steps
-    before, after = sample(config, pipe, 0), sample(config, pipe, step)
-    vm.save(adapter, output / "adapter.safetensors", {"prompt": str(config.prompt), "subject": config.subject})
+def write_results(config: Config, sample: Samples, adapter: vm.Adapter, photos: Sequence[Photo]) -> None:
+    """The adapter in our format and in diffusers', and what people look at; then says what to do next."""
+    output, steps = known(config.output), known(config.steps)
+    vm.save(adapter, output / "adapter.safetensors", {"prompt": known(config.prompt), "subject": config.subject})
     tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))
     write_tensors(output / peft.FILE, tensors, header)
-    size = int(config.resolution or 0)
-    real = report.grid(
-        [report.square(photo.image, size) for photo in photos[: config.sample_count]], config.sample_count
-    )
-    rows = [("the photos", real), ("before", Image.open(before)), (f"after {step} steps", Image.open(after))]
-    report.write_image(output / "sheet.png", report.sheet(rows))
+    real = [report.square(photo.image, known(config.resolution)) for photo in photos[: config.sample_count]]
+    report.write_sheet(output, real, sample(0), sample(steps), f"after {steps} steps")
     report.loss_plot(output / "metrics.jsonl", output / "loss.png")
     report.dreambooth_card(output, asdict(config), adapter.num_parameters)
     print(f"before and after: {output / 'sheet.png'}")
     print(f"adapter: {output / 'adapter.safetensors'}, and for pipe.load_lora_weights {output / peft.FILE}")
-    if config.photos is None:
-        print('next: vismodal dreambooth --photos FOLDER --prompt "a photo of sks dog" --model OWNER/STABLE-DIFFUSION')
-    else:
-        print(f"train on: {runs.resume_command('dreambooth', output)} --steps {2 * step}")
+    photos_of = f'--photos {config.photos or "FOLDER"} --prompt "{PHOTO if config.photos is None else config.prompt}"'
+    more = f"{runs.resume_command('dreambooth', output)} --steps {2 * steps}"
+    print(f"next: {more if config.model else f'vismodal dreambooth {photos_of} --model OWNER/STABLE-DIFFUSION'}")
 
 
 if __name__ == "__main__":

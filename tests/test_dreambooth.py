@@ -1,5 +1,6 @@
 """DreamBooth end to end on tiny random pipelines: what it trains and writes, how it resumes, what it refuses."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -83,10 +84,10 @@ def plain_pipeline(folder: Path):
 
 
 def plain_samples(pipe, count=2) -> np.ndarray:
-    """What samples/step-N.png shows, drawn one by one with diffusers alone."""
+    """What samples/step-N.png shows, drawn with diffusers alone."""
     options = {"num_inference_steps": 2, "guidance_scale": 7.5, "height": 16, "width": 16}
-    seeds = [seed_of(0, "sample", i) for i in range(count)]
-    images = [pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **options).images[0] for seed in seeds]
+    seeds = [torch.Generator().manual_seed(seed_of(0, "sample", i)) for i in range(count)]
+    images = pipe([PROMPT] * count, generator=seeds, **options).images
     return np.concatenate([np.asarray(image) for image in images], axis=1)
 
 
@@ -110,7 +111,9 @@ def test_results_are_what_plain_diffusers_draws(settings, model, capsys):
     assert np.array_equal(plain_samples(pipe), pixels_of(out / "samples/step-0000000.png"))
     after = pixels_of(out / "samples/step-0000004.png")
     pipe.load_lora_weights(out, weight_name="pytorch_lora_weights.safetensors")
-    assert np.array_equal(plain_samples(pipe), after)
+    # peft multiplies by alpha / rank (1.5) after B, we before: a value on the edge between two colours may round apart
+    off = np.abs(plain_samples(pipe).astype(int) - after)
+    assert off.max() <= 1 and (off > 0).mean() < 0.005
     pipe = plain_pipeline(model)
     base = plain_samples(pipe)
     assert not np.array_equal(base, after)
@@ -120,7 +123,7 @@ def test_results_are_what_plain_diffusers_draws(settings, model, capsys):
         assert np.array_equal(plain_samples(pipe), base)
 
     told = capsys.readouterr().out
-    assert str(out / "sheet.png") in told and "train on: vismodal dreambooth --config" in told
+    assert str(out / "sheet.png") in told and "next: vismodal dreambooth --config" in told
     card = (out / "README.md").read_text()
     assert card.startswith("---\n") and "instance_prompt: a photo of sks dog" in card
     assert "load_lora_weights" in card and str(model.parent) not in card
@@ -283,11 +286,10 @@ main(sys.argv[1:])
 def test_resume_from_the_command_line_is_exact_after_kill_9_while_saving(settings, tmp_path, capsys):
     main(settings)
     out = tmp_path / "killed"
-    config = replace(settings, output=out, save_every=1)
+    config = replace(settings, output=out, save_every=1, threads=torch.get_num_threads())  # others round otherwise
     dreambooth.runs.save_config(config, tmp_path)
     code = KILL.format(root=str(ROOT))
-    one = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # other sums, other roundings
-    done = subprocess.run([sys.executable, "-c", code, "dreambooth", "--config", tmp_path / "config.yaml"], env=one)
+    done = subprocess.run([sys.executable, "-c", code, "dreambooth", "--config", tmp_path / "config.yaml"])
     assert done.returncode == -signal.SIGKILL
     assert [p.name for p in sorted((out / "checkpoints").glob("step*"))] == [
         f"step-000000{i}.safetensors" for i in (1, 2)
@@ -352,6 +354,9 @@ def test_bad_settings_are_refused_before_anything_is_written(model, photos, tmp_
     assert "no site of kind 'attn.x'" in refused(capsys, *good, "--sites", '["attn.x"]')
     assert "rank must be at least 1, not 0" in refused(capsys, *good, "--rank", 0)
     assert "steps must be at least 1, not 0" in refused(capsys, *good, "--steps", 0)
+    assert "Unsupported logging capability: nobody" in refused(capsys, *good, "--track", "nobody")
+    missing = next(n for n in ("aim", "clearml", "swanlab") if importlib.util.find_spec(n) is None)
+    assert f"the tracker {missing} is not installed" in refused(capsys, *good, "--track", missing)
     if not torch.cuda.is_available():
         assert "fp16 needs a GPU" in refused(capsys, *good, "--mixed_precision", "fp16")
     assert "there is no command 'dreambooht'" in (cli.main(["dreambooht"]), capsys.readouterr().err)[1]
@@ -403,7 +408,9 @@ def test_a_checkpoint_of_another_run_or_model_is_refused(settings, model, tmp_pa
     assert "photos was '3 pictures" in refused(capsys, *again, "--photos", more)
     assert {p: p.read_bytes() for p in settings.output.rglob("*") if p.is_file()} == before
     main(replace(settings, steps=2, prior=0.0, resume=True))
-    assert "has made 2 steps already, more than steps=1; write 2 or more" in refused(capsys, "--config", file, "--resume", "--steps", 1)
+    assert "has made 2 steps already, more than steps=1; write 2 or more" in refused(
+        capsys, "--config", file, "--resume", "--steps", 1
+    )
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(settings, capsys):

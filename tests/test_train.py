@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vismodal import files
-from vismodal.callbacks import Callback, Every, Log, Progress, read_log
+from vismodal.callbacks import Callback, Every, Log, Progress, Track, read_log
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.errors import InputError
 from vismodal.resume import Checkpoints
@@ -159,6 +159,26 @@ def test_log_callbacks_and_bar(tmp_path, capsys):
     assert outcome == Outcome(4, {k: v for k, v in logged[-1].items() if k not in ("step", "seconds")})
     bar = capsys.readouterr().err
     assert "4/4" in bar and "loss=" in bar
+
+
+def test_trackers_get_scalars():
+    class Accelerator:
+        def __init__(self):
+            self.seen = []
+
+        def init_trackers(self, project, config):
+            self.seen.append((project, config))
+
+        def log(self, values, step):
+            self.seen.append((step, values["loss"] > 0))
+
+        def end_training(self):
+            self.seen.append("end")
+
+    outside = Accelerator()
+    train(None, steps=2, callbacks=[Track(outside, "toy", {"sites": ("a", "b"), "rate": 0.1, "none": None})])
+    config = {"sites": "('a', 'b')", "rate": 0.1, "none": "None"}
+    assert outside.seen == [("toy", config), (1, True), (2, True), "end"]
 
 
 # -- exact resume ----------------------------------------------------------------------------------------------------

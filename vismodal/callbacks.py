@@ -73,7 +73,8 @@ class Track(Callback):
 
     def __init__(self, accelerator: Accelerator, project: str, config: Mapping[str, Any]) -> None:
         self.accelerator = accelerator
-        accelerator.init_trackers(project, config=dict(config))
+        plain = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in config.items()}
+        accelerator.init_trackers(project, config=plain)
 
     def after(self, step: int, metrics: Mapping[str, float]) -> None:
         self.accelerator.log(dict(metrics), step=step)

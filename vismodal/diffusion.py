@@ -1,7 +1,4 @@
-"""Stable Diffusion for training: load a pipeline, encode pictures and prompts, generate images with given seeds.
-
-All of it works on diffusers' own pipeline object; nothing here knows of adapters or of training loops.
-"""
+"""Stable Diffusion's pipeline for training: load it, encode pictures and prompts, generate images with given seeds."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,11 +14,12 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
-from vismodal.files import write_file
 from vismodal.losses import Prediction, prediction_type
+from vismodal.report import grid, write_image
 
 PIPELINES = ("StableDiffusionPipeline",)
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -46,10 +45,14 @@ class Pipe(Protocol):
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Pipe:
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_pipeline(model: str | Path, precision: str = "no", device: torch.device | str = "cpu") -> Pipe:
     """A pipeline from a folder or the Hub, without its safety checker. Only safetensors are read.
 
-    UNet and text encoder have `dtype`; the autoencoder stays in fp32, since in half precision it blurs or overflows.
+    UNet and text encoder have the precision ("no", "bf16", "fp16"); the autoencoder stays in fp32, since in half
+    precision it blurs or overflows.
 
     Raises `InputError` naming the missing part, or why the model cannot be read or trained.
     """
@@ -62,6 +65,7 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Pipe
         raise InputError(
             f"there is no model folder {model}; write a folder in diffusers' layout, or a Hub id OWNER/NAME"
         )
+    dtype = PRECISIONS[precision]
     source = str(folder) if folder.is_dir() else str(model)
     try:
         with _quiet():
@@ -74,7 +78,7 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Pipe
                 requires_safety_checker=False,
                 use_safetensors=True,
                 dtype={"unet": dtype, "text_encoder": dtype, "default": torch.float32},
-            )
+            ).to(device)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -144,6 +148,13 @@ def noise_schedule(pipe: Pipe) -> tuple[Prediction, Tensor]:
 def native_size(pipe: Pipe) -> int:
     """Side in pixels of the square images that the model was made for."""
     return int(pipe.unet.config.sample_size) * pipe.vae_scale_factor
+
+
+def checkpoint_gradients(pipe: Pipe, text_encoder: bool) -> None:
+    """Trades time for memory: activations of the UNet's blocks are computed again in the backward pass."""
+    pipe.unet.enable_gradient_checkpointing()
+    if text_encoder:
+        pipe.text_encoder.activation_checkpointing_enable()
 
 
 # -- encoding --------------------------------------------------------------------------------------------------------
@@ -243,25 +254,51 @@ def generate(
     return images
 
 
+Generate = Callable[[Sequence[str], Sequence[int]], list[Image.Image]]  # an image for each prompt and its seed
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sample images of a run, alike at every step: `samples(120)` makes `folder`/step-0000120.png unless it is there.
+
+    A row for each prompt, a column for each of `count` seeds that depend on `seed`; edge to edge and lossless.
+    """
+
+    generate: Generate
+    folder: Path
+    prompts: Sequence[str]
+    count: int
+    seed: int
+
+    def __call__(self, step: int) -> Path:
+        path = self.folder / f"step-{step:07d}.png"
+        if not path.exists():
+            seeds = [seed_of(self.seed, "sample", i) for i in range(self.count)]
+            images = self.generate([p for p in self.prompts for _ in seeds], seeds * len(self.prompts))
+            write_image(path, grid(images, self.count))
+        return path
+
+
 def fill_folder(
-    folder: Path, count: int, make: Callable[[Sequence[int]], Sequence[Image.Image]], *, seed: int, batch: int = 4
+    folder: Path, count: int, make: Callable[[Sequence[int]], Sequence[Image.Image]], seed: int, batch: int = 4
 ) -> int:
     """Makes the images `generated-*.png` that a folder of `count` pictures lacks, each by its seed; gives how many.
 
-    Whoever finds the images and whoever makes them reads the same: they are lossless files, their seeds depend on their
-    numbers alone, and batches always hold the same numbers, also after a run that was stopped in between.
+    Whoever finds them and whoever makes them reads the same: the files are lossless, seeds depend on numbers alone,
+    and batches always hold the same numbers, also after a run that was stopped in between.
     """
     from vismodal.data.photos import SUFFIXES
 
     own = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("generated-")]
     names = [folder / f"generated-{i:05d}.png" for i in range(max(0, count - len(own)))]
     made = 0
-    for start in range(0, len(names), batch):
+    missing = [
+        start for start in range(0, len(names), batch) if not all(p.exists() for p in names[start : start + batch])
+    ]
+    for start in tqdm(missing, desc=f"making {folder.name} images", unit="batch", disable=not missing):
         paths = names[start : start + batch]
-        if all(path.exists() for path in paths):
-            continue
         images = make([seed_of(seed, "class image", start + i) for i in range(len(paths))])
         for path, image in zip(paths, images, strict=True):
-            write_file(path, lambda temporary, image=image: image.save(temporary))  # type: ignore[misc]
+            write_image(path, image)
             made += 1
     return made

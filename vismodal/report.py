@@ -47,6 +47,13 @@ def sheet(rows: Sequence[tuple[str, Image.Image]], width: int = 960) -> Image.Im
     return page
 
 
+def write_sheet(folder: Path, real: Sequence[Image.Image], before: Path, after: Path, title: str) -> Path:
+    """sheet.png: the photos, and the grids of samples before and after."""
+    with Image.open(before) as first, Image.open(after) as last:
+        rows = [("the photos", grid(real, len(real))), ("before", first), (title, last)]
+        return write_image(folder / "sheet.png", sheet(rows))
+
+
 def _fit(image: Image.Image, width: int) -> Image.Image:
     if image.width > width:
         return image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)

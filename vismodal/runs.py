@@ -6,16 +6,20 @@ import hashlib
 import itertools
 import shlex
 import sys
-from collections.abc import Collection, Iterable
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from vismodal.adapter import Adapter
 from vismodal.data.photos import Photo, read_photos
 from vismodal.errors import InputError
 from vismodal.files import write_file
@@ -26,17 +30,32 @@ if TYPE_CHECKING:
 CONFIG = "config.yaml"
 
 
-def start_accelerator(mixed_precision: str, track: str | None, folder: Path | None) -> Accelerator:
+def start_accelerator(mixed_precision: str, track: str | None) -> Accelerator:
     """Device, precision, processes and trackers. Raises `InputError` for what this machine cannot do."""
     if AcceleratorState._shared_state:  # an earlier run of this process; its precision would be refused or stay
         AcceleratorState._reset_state()
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, log_with=track, project_dir=folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`log_with", category=UserWarning)  # told below, as an error
+            accelerator = Accelerator(mixed_precision=mixed_precision, log_with=track, project_dir="runs")
     except (ValueError, ImportError) as error:
         raise InputError(f"accelerate refuses mixed_precision={mixed_precision!r}, track={track!r}: {error}") from error
+    if track and not accelerator.log_with:
+        raise InputError(f"the tracker {track} is not installed; write pip install {track}, or leave out track")
     if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate lets it pass and does nothing
         raise InputError("mixed_precision=fp16 needs a GPU; write bf16 or no")
     return accelerator
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """With so many threads, and as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def claim(output: Path | None, name: str, resume: bool, accelerator: Accelerator) -> Path:
@@ -48,8 +67,7 @@ def claim(output: Path | None, name: str, resume: bool, accelerator: Accelerator
         if output is None or not (output / CONFIG).is_file():
             where = "give the run's folder: --config RUN/config.yaml --resume"
             raise InputError(f"nothing to resume: {f'{output} holds no {CONFIG}' if output else 'no output'}; {where}")
-        return output
-    if output is not None and (output / CONFIG).exists():
+    elif output is not None and (output / CONFIG).exists():
         raise InputError(
             f"{output} holds a run already; go on with it by --config {output / CONFIG} --resume, or name another"
         )
@@ -59,6 +77,8 @@ def claim(output: Path | None, name: str, resume: bool, accelerator: Accelerator
     assert output is not None
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {output} is a file; give a folder")
+    accelerator.wait_for_everyone()  # nobody writes before all have looked
+    accelerator.project_configuration.set_directories(str(output))  # where trackers write
     return output
 
 
@@ -79,6 +99,11 @@ def identity(config: DataclassInstance, free: Collection[str], **more: Any) -> d
     return {name: _plain(value) for name, value in asdict(config).items() if name not in free} | more
 
 
+def bases(adapter: Adapter) -> dict[str, str]:
+    """The fingerprint of each model that an adapter is on, whatever its place or name."""
+    return {f"the model's {part}": f"{base.shapes} {base.values[:16]}" for part, base in adapter.bases.items()}
+
+
 def digest(photos: Iterable[Photo]) -> str:
     """Pictures and captions as a short hash: their content, wherever they lie."""
     total, count = hashlib.sha256(), 0
@@ -88,6 +113,15 @@ def digest(photos: Iterable[Photo]) -> str:
     return f"{count} pictures {total.hexdigest()[:12]}"
 
 
+Setting = TypeVar("Setting")
+
+
+def known(value: Setting | None) -> Setting:
+    """A setting that has been filled in by the time it is used."""
+    assert value is not None
+    return value
+
+
 def at_least(config: DataclassInstance, least: float, *names: str) -> None:
     """Raises `InputError` for the first of these settings that is smaller (or no number)."""
     for name in names:
@@ -95,9 +129,12 @@ def at_least(config: DataclassInstance, least: float, *names: str) -> None:
             raise InputError(f"{name} must be at least {least}, not {getattr(config, name)}")
 
 
-def read_and_tell(folder: Path, captions: bool = True) -> list[Photo]:
-    """The photos of a folder, with their captions or without; the files that are left out are named on stderr."""
-    found = read_photos(folder)
+def read_and_tell(folder: Path, size: int | None = None, captions: bool = True) -> list[Photo]:
+    """The photos of a folder, with their captions or without; the files that are left out are named on stderr.
+
+    Photos are shrunk to twice the `size` they are used in, or 1024, so that a hundred from a phone fit into memory.
+    """
+    found = read_photos(folder, side=max(1024, 2 * (size or 0)))
     for rejected in found.rejected:
         print(f"skipped {rejected}", file=sys.stderr)
     return [photo if captions else replace(photo, caption=None) for photo in found.photos]

@@ -1,0 +1,124 @@
+"""DreamBooth on the embedded model, measured: does a photographed subject come closer, and does the base stay?
+
+    python benchmarks/subject.py --data DATA                      # DATA/dreambooth/dog6, DATA/weights/*dinov2*
+    python benchmarks/subject.py --data DATA --subject cat2 --prompt "a photo of sks cat"
+
+Similarity is the DINO metric of DreamBooth (arXiv 2208.12242, section 4.2): the mean cosine between the features of
+generated and of real pictures, over all pairs, before and after training. The figures go to
+benchmarks/results/subject.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import timm
+import torch
+from jsonargparse import auto_cli
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+import vismodal as vm
+from pipelines.dreambooth import Config as DreamBooth
+from pipelines.dreambooth import main as dreambooth
+from vismodal.data.photos import pixels, read_photos
+from vismodal.diffusion import generate, load_pipeline, native_size
+from vismodal.paths import asset
+
+RESULTS = Path(__file__).parent / "results"
+PROMPTS = ("{}", "{} on a blue background", "{} on a green background", "a picture of {}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Teach the embedded model one subject and measure it.
+
+    Args:
+        data: folder with `dreambooth/SUBJECT/*.jpg` and `weights/*dinov2*.safetensors`.
+        subject: which of the subjects.
+        prompt: what its photos show.
+        steps: of training.
+        batch: photos a step.
+        learning_rate: of AdamW.
+        rank: of LoRA.
+        seeds: pictures for each of the four prompts.
+        write: whether to write the table.
+    """
+
+    data: Path
+    subject: str = "dog6"
+    prompt: str = "a photo of sks dog"
+    steps: int = 400
+    batch: int = 4
+    learning_rate: float = 1e-3
+    rank: int = 16
+    seeds: int = 4
+    write: bool = True
+
+
+def features(model: nn.Module, images: list[Image.Image]) -> Tensor:
+    """Normalised class tokens, (n, 384), of pictures at 98 pixels."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    batch = torch.stack([(pixels(image, 98) / 2 + 0.5 - mean) / std for image in images])
+    with torch.no_grad():
+        return nn.functional.normalize(model(batch), dim=-1)
+
+
+def dino(data: Path) -> nn.Module:
+    """The DINOv2 ViT-S/14 of the data folder, its positions resampled to 98 pixels."""
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=0).eval()
+    (weights,) = (data / "weights").glob("*dinov2*.safetensors")
+    model.load_state_dict(checkpoint_filter_fn(load_file(weights), model))
+    return model
+
+
+def measure(config: Config, output: Path) -> dict[str, float]:
+    """Trains into `output`; similarity before and after. Raises AssertionError if the base has changed."""
+    pipe = load_pipeline(asset("tiny-sd"))
+    texts = [p.format(config.prompt) for p in PROMPTS for _ in range(config.seeds)]
+    seeds = [*range(config.seeds)] * len(PROMPTS)
+
+    def draw() -> list[Image.Image]:
+        return generate(pipe, texts, seeds, size=native_size(pipe), steps=20, guidance=4.0)
+
+    before = draw()
+    photos = config.data / "dreambooth" / config.subject
+    settings = {"steps": config.steps, "batch": config.batch, "learning_rate": config.learning_rate}
+    dreambooth(DreamBooth(photos=photos, prompt=config.prompt, rank=config.rank, output=output, **settings))  # type: ignore[arg-type]
+    adapter = vm.load({"unet": pipe.unet}, output / "adapter.safetensors")
+    after = draw()
+    with adapter.disabled():
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(before, draw(), strict=True)), "the base has changed"
+    model = dino(config.data)
+    real = features(model, [p.image for p in read_photos(photos).photos])
+    own = (real @ real.T)[~torch.eye(len(real), dtype=torch.bool)].mean()
+    similarity = {"base": before, "adapter": after}
+    return {"real": own.item()} | {n: (features(model, x) @ real.T).mean().item() for n, x in similarity.items()}
+
+
+def main(config: Config) -> None:
+    """Measures, prints and writes the table."""
+    with TemporaryDirectory() as folder:
+        found = measure(config, Path(folder) / "run")
+    print(json.dumps({"subject": config.subject, **found}, indent=2))
+    if not config.write:
+        return
+    path = RESULTS / "subject.json"
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    rows[config.subject] = {**found, "steps": config.steps, "rank": config.rank, "learning_rate": config.learning_rate}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+    lines = [f"| {n} | {r['real']:.3f} | {r['base']:.3f} | {r['adapter']:.3f} |" for n, r in rows.items()]
+    table = ["| subject | real photos among themselves | base | adapter |", "| --- | --- | --- | --- |", *lines]
+    head = "# DINO similarity to the subject's photos\n\nMean cosine of DINOv2 ViT-S/14 features at 98 px over four"
+    head += " prompts and four seeds, tiny-sd; by `benchmarks/subject.py`.\n\n"
+    (RESULTS / "subject.md").write_text(head + "\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main(auto_cli(Config, as_positional=False))
