@@ -42,10 +42,7 @@ class Config:
         data: folder with `dreambooth/SUBJECT/*.jpg` and `weights/*dinov2*.safetensors`.
         subject: which of the subjects.
         prompt: what its photos show.
-        steps: of training.
-        batch: photos a step.
-        learning_rate: of AdamW.
-        rank: of LoRA.
+        steps: of training; without it, the pipeline's for the embedded model.
         seeds: pictures for each of the four prompts.
         write: whether to write the table.
     """
@@ -53,10 +50,7 @@ class Config:
     data: Path
     subject: str = "dog6"
     prompt: str = "a photo of sks dog"
-    steps: int = 400
-    batch: int = 4
-    learning_rate: float = 1e-3
-    rank: int = 16
+    steps: int | None = None
     seeds: int = 4
     write: bool = True
 
@@ -88,8 +82,7 @@ def measure(config: Config, output: Path) -> dict[str, float]:
 
     before = draw()
     photos = config.data / "dreambooth" / config.subject
-    settings = {"steps": config.steps, "batch": config.batch, "learning_rate": config.learning_rate}
-    dreambooth(DreamBooth(photos=photos, prompt=config.prompt, rank=config.rank, output=output, **settings))  # type: ignore[arg-type]
+    dreambooth(DreamBooth(photos=photos, prompt=config.prompt, output=output, steps=config.steps))
     adapter = vm.load({"unet": pipe.unet}, output / "adapter.safetensors")
     after = draw()
     with adapter.disabled():
@@ -110,7 +103,7 @@ def main(config: Config) -> None:
         return
     path = RESULTS / "subject.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
-    rows[config.subject] = {**found, "steps": config.steps, "rank": config.rank, "learning_rate": config.learning_rate}
+    rows[config.subject] = found
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(rows, indent=2) + "\n")
     lines = [f"| {n} | {r['real']:.3f} | {r['base']:.3f} | {r['adapter']:.3f} |" for n, r in rows.items()]

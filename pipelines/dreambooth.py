@@ -67,7 +67,7 @@ class Config:
         steps: updates in all; 500, or 400 with the embedded model. More with --resume extends a finished run.
         batch: photos for each forward pass, and as many class images on top; 1, or 4 with the embedded model.
         accumulate: forward passes for each update.
-        learning_rate: of AdamW, after warming up; 1e-4, or 3e-3 with the embedded model.
+        learning_rate: of AdamW, after warming up; 1e-4, or 1e-3 with the embedded model.
         schedule: course of the learning rate.
         warmup: updates over which it rises from zero.
         weight_decay: of AdamW.
@@ -142,7 +142,7 @@ BY_MODEL = {
     "sites": (("attn.*", "xattn.*"), ("attn.*", "xattn.*", "mlp.*", "conv")),
     "steps": (500, 400),
     "batch": (1, 4),
-    "learning_rate": (1e-4, 3e-3),
+    "learning_rate": (1e-4, 1e-3),
     "sample_steps": (25, 20),
     "guidance": (7.5, 4.0),
 }
