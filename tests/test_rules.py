@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from zoo import BY_NAME, CASES, close, fixed, lora, shake
 
 import vismodal as vm
 from vismodal.methods.base import Built, WeightModule
-from vismodal.site import Site
+from vismodal.site import COMMON, Site
 
 VIT = BY_NAME["timm-vit_tiny_patch16_224"]
 MHA = BY_NAME["open_clip-CLIP"]
@@ -665,6 +666,24 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         vm.save(adapter, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("mha", [False, True], ids=["update", "shadow"])
+def test_inductor_compiles_both_ports(mha: bool) -> None:
+    torch.manual_seed(0)
+    net: nn.Module = nn.MultiheadAttention(8, 2, batch_first=True) if mha else Net(nn.Linear(8, 8))
+    x = fixed(2, 3, 8)
+
+    def run(model: nn.Module) -> Tensor:
+        return model(x, x, x, need_weights=False)[0] if mha else model(x)
+
+    table = {**TABLE, nn.MultiheadAttention: COMMON[nn.MultiheadAttention]}
+    adapter = vm.adapt(net, vm.LoRA(sites=("attn.*",) if mha else ("w",), rank=2), sites=table)
+    shake(adapter, 0.3)
+    y = run(net)
+    torch._dynamo.reset()
+    assert close(torch.compile(run, fullgraph=True)(net), y, 1e-5)
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def table(model: nn.Module, sites: Table | None = None) -> Table:
     for root in {c.__module__.partition(".")[0] for c in classes} & FAMILIES.keys():
         merged.update(import_module(FAMILIES[root]).TABLE)
     merged.update(sites or {})
-    if not any(lookup(type(m), merged) for m in model.modules() if lookup(type(m), merged) != lookup(type(m), COMMON)):
+    known = any(lookup(type(m), merged) != lookup(type(m), COMMON) for m in model.modules())
+    if not known and not sites:
         raise InputError(_unknown(model))
     return merged
 
