@@ -83,7 +83,8 @@ def load_pipeline(model: str | Path, precision: str = "no", device: torch.device
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         why = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"the model {model} cannot be loaded: {why}") from error
+        todo = "" if folder.is_dir() else " Check the id, that the Hub can be reached, and that you may read the model"
+        raise InputError(f"the model {model} cannot be loaded: {why}{todo}") from error
     _check_parts(pipe, model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
