@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vismodal"
 
 # the module (or package) and the floor it stands on; a file imports its own floor and those below
 FLOORS = {
-    **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "site"), 0),
+    **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "site", "discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports"), 1),
     **dict.fromkeys(("bank", "adapter"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "formats"), 3),

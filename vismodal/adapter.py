@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.bank import Attached, Bank, bank_of
+from vismodal.discover import discover, select
 from vismodal.errors import InputError
 from vismodal.families import table as family_table
 from vismodal.fingerprint import BANK, Fingerprint, fingerprint
 from vismodal.methods import METHODS, Method
 from vismodal.ports import SpanPort, WeightPort, is_ported
-from vismodal.site import Site, Sites, Table, discover, select
+from vismodal.site import Site, Sites, Table
 
 Models = nn.Module | Mapping[str, nn.Module]
 

@@ -4,23 +4,15 @@ A table maps a class to the sites that its instances offer, written relative to 
 
     Attention: (Weight("attn.q", "qkv.weight", part=(0, 3)), Weight("attn.out", "proj.weight"), ...)
 
-`discover` walks a model and binds every entry; `select` picks those that a method asks for. A kind that a method
-names and the model lacks is an error here, never a silent no-op later.
+`vismodal.discover` binds such entries to a model as `Site`s.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-
-from vismodal.errors import InputError
 
 Range = tuple[int, int]  # start, stop
 Part = tuple[int, int] | Callable[[nn.Module], Range]  # (i, n): the i-th of n equal ranges; or a function of the module
@@ -72,6 +64,12 @@ class Order:
 
 Entry = Weight | Span | Tower | Order
 Table = Mapping[type[nn.Module], tuple[Entry, ...]]
+
+
+def lookup(cls: type, table: Table) -> tuple[Entry, ...]:
+    """Entries of the nearest class in the method resolution order, so that subclasses need no row of their own."""
+    return next((table[c] for c in cls.__mro__ if c in table), ())
+
 
 NORMS = (Weight("norm", "weight"), Weight("norm", "bias"))
 COMMON: Table = {
@@ -178,247 +176,3 @@ class Sites(list[Site]):
             return [site.kind, site.key, "", layer, f"none: {site.blocked}"]
         shape = "span" if site.span else "x".join(map(str, site.tensor.shape))
         return [site.kind, site.key, shape, layer, self.fits(site) if self.fits else ""]
-
-
-# -- discovery ---------------------------------------------------------------------------------------------------
-
-
-def lookup(cls: type, table: Table) -> tuple[Entry, ...]:
-    """Entries of the nearest class in the method resolution order, so that subclasses need no row of their own."""
-    return next((table[c] for c in cls.__mro__ if c in table), ())
-
-
-def discover(model: nn.Module, table: Table, prefix: str = "") -> list[Site]:
-    """Bind every entry of `table` to `model`, in the model's own order; biases of the weights found follow them.
-
-    `prefix` stands before every path, for an adaptation of several models under one name.
-    """
-    walked = list(_walk(model, table, prefix))
-    depth = Counter(step.tower for step in walked if step.is_block)
-    holders = _holders(model, walked, prefix)
-    found: dict[tuple[object, ...], Site] = {}
-    keys: dict[tuple[str, str], Site] = {}
-    for step in walked:
-        for entry in step.entries:
-            for site in _bind(entry, step.module, step.path, holders):
-                site = replace(site, tower=step.tower, index=step.block, depth=depth[step.tower])
-                if site.identity in found:  # the outermost declaration stands
-                    continue
-                if (site.kind, site.key) in keys:  # two ranges of one parameter under one kind
-                    site = replace(site, key=f"{site.key}[{site.range[0]}:{site.range[1]}]" if site.range else site.key)
-                found[site.identity] = keys[site.kind, site.key] = site
-    return list(found.values())
-
-
-class _Step(NamedTuple):
-    module: nn.Module
-    path: str
-    tower: str
-    block: int | None
-    is_block: bool
-    entries: tuple[Entry, ...]
-
-
-def _walk(model: nn.Module, table: Table, prefix: str) -> Iterator[_Step]:
-    """Modules in order, with tower and block index; `_modules` is read directly, so adapters are not walked."""
-    seen: set[nn.Module] = set()
-    blocks: Counter[str] = Counter()
-    stack: list[tuple[nn.Module, str, str, int | None]] = [(model, prefix, "", None)]
-    while stack:
-        module, path, tower, index = stack.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        entries = lookup(type(module), table)
-        is_block = any(isinstance(e, Span) and e.kind == "block" for e in entries)
-        if is_block:
-            index = blocks[tower]
-            blocks[tower] += 1
-        yield _Step(module, path, tower, index, is_block, entries)
-        towers = {e.child: e.name for e in entries if isinstance(e, Tower)}
-        order = [name for e in entries if isinstance(e, Order) for name in e.children]
-        children = sorted(module._modules.items(), key=lambda c: order.index(c[0]) if c[0] in order else -1)
-        for name, child in reversed(children):
-            if child is not None:
-                stack.append((child, f"{path}.{name}" if path else name, towers.get(name, tower), index))
-
-
-class _Holder(NamedTuple):
-    """One module that holds a parameter, under which name, and who reads it there."""
-
-    path: str
-    owner: nn.Module
-    name: str
-    reader: nn.Module
-
-
-def _holders(model: nn.Module, walked: Sequence[_Step], prefix: str) -> dict[int, list[_Holder]]:
-    """By the parameter's id: one that several modules hold is one target, with the reader of each place."""
-    readers: dict[tuple[nn.Module, str], nn.Module] = {}
-    for step in walked:
-        for entry in step.entries:
-            if isinstance(entry, Weight) and entry.reader is not None:
-                head, _, name = entry.param.rpartition(".")
-                owner, reader = _submodule(step.module, head), _submodule(step.module, entry.reader)
-                if owner is not None and reader is not None:
-                    for each in filter(None, _pair(name)[:2]):
-                        readers.setdefault((owner, each), reader)
-    holders: dict[int, list[_Holder]] = {}
-    for path, module in model.named_modules(prefix=prefix):
-        for name, p in module._parameters.items():
-            if p is not None:
-                holders.setdefault(id(p), []).append(_Holder(path, module, name, readers.get((module, name), module)))
-    return holders
-
-
-def _bind(entry: Entry, module: nn.Module, path: str, holders: Mapping[int, list[_Holder]]) -> Iterator[Site]:
-    if isinstance(entry, Span):
-        yield from _bind_span(entry, module, path)
-    if not isinstance(entry, Weight) or (entry.when is not None and not entry.when(module)):
-        return
-    head, _, name = entry.param.rpartition(".")
-    owner = _submodule(module, head)
-    if owner is None:
-        return
-    param = owner._parameters.get(name)
-    if param is None:
-        yield from _blocked(entry, owner, name, f"{path}.{entry.param}".strip("."))
-        return
-    held = holders[id(param)]
-    first, (weight, bias, slot) = held[0], _pair(held[0].name)
-    places = tuple(Place(h.owner, *_pair(h.name)[:2], h.reader) for h in held)
-    range_ = _resolve(entry.part, module, param.shape[entry.axis])
-    key = _key(first.path, first.name) + (f":{entry.kind.rpartition('.')[2]}" if range_ else "")
-    target = f"{first.path}/{weight}"
-    yield Site(entry.kind, key, target, places, slot, range_, entry.axis, whole=entry.whole)
-    if slot == "bias" and entry.kind not in ("bias", "head"):
-        yield Site("bias", key, target, places, "bias")
-    if slot == "weight" and entry.kind != "head" and bias and first.owner._parameters.get(bias) is not None:
-        yield Site("bias", _key(first.path, bias), target, places, "bias")
-
-
-def _blocked(entry: Weight, owner: nn.Module, name: str, path: str) -> Iterator[Site]:
-    """A weight that is computed (parametrised, pruned) cannot be adapted; one that is not there drops out."""
-    if not parametrize.is_parametrized(owner, name) and not isinstance(getattr(owner, name, None), Tensor):
-        return
-    why = f"{path} is computed from other parameters; remove the parametrisation or the pruning from it first"
-    yield Site(entry.kind, path, path, (), "weight", blocked=why)
-
-
-def _bind_span(entry: Span, module: nn.Module, path: str) -> Iterator[Site]:
-    names = {"enter": entry.enter, "exit": entry.exit, **{tap: tap for tap in entry.taps}}
-    modules = {name: _submodule(module, sub) for name, sub in names.items()}
-    if all(m is not None for m in modules.values()):
-        found = {name: m for name, m in modules.items() if m is not None}
-        yield Site(entry.kind, f"{path}:{entry.kind}", f"{path}/{entry.kind}", (), "span", span=entry, modules=found)
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    for name in filter(None, path.split(".")):
-        child = module._modules.get(name)
-        if child is None:
-            return None
-        module = child
-    return module
-
-
-def _pair(name: str) -> tuple[str, str | None, str]:
-    """("in_proj_weight" or "in_proj_bias") -> names of the weight and its bias, and which of them was given."""
-    if name.endswith("bias"):
-        return name[:-4] + "weight", name, "bias"
-    return name, name[:-6] + "bias" if name.endswith("weight") else None, "weight"
-
-
-def _key(path: str, name: str) -> str:
-    """`name` "weight" is left out: "blocks.0.attn.qkv", "blocks.0.attn.qkv.bias"."""
-    return path if name == "weight" and path else f"{path}.{name}".strip(".")
-
-
-def _resolve(part: Part | None, module: nn.Module, size: int) -> Range | None:
-    if part is None:
-        return None
-    if callable(part):
-        return part(module)
-    i, n = part
-    if size % n:
-        raise InputError(f"part {part} of {type(module).__name__}: {size} rows do not divide by {n}")
-    return i * size // n, (i + 1) * size // n
-
-
-# -- selection ---------------------------------------------------------------------------------------------------
-
-
-def select(
-    sites: Sequence[Site],
-    kinds: Sequence[str],
-    where: str | Sequence[str] = "*",
-    layers: slice | None = None,
-    fits: Callable[[Site], bool] = lambda site: True,
-) -> list[Site]:
-    """The sites of the given kinds whose module path matches a glob of `where`, in `layers`.
-
-    A kind may be a glob, which takes what `fits`. Raises `InputError` for a kind, glob or slice that matches nothing or
-    leaves nothing of a kind, and for two sites that overlap.
-    """
-    globs = [where] if isinstance(where, str) else list(where)
-    by_kind = {kind: _of_kind(kind, sites, fits) for kind in kinds}
-    every = [s for found in by_kind.values() for s in found]
-    for glob in globs:
-        if not any(fnmatchcase(s.path, glob) for s in every):
-            paths = ", ".join(dict.fromkeys(s.path for s in every[:4]))
-            raise InputError(f"where={glob!r} matches none of the modules with {', '.join(kinds)}, such as {paths}")
-    chosen: dict[tuple[str, str], Site] = {}
-    for kind, found in by_kind.items():
-        kept = [s for s in found if any(fnmatchcase(s.path, g) for g in globs) and _in_layers(s, layers)]
-        if not kept:
-            blocks = {s.tower or "model": s.depth for s in every}
-            raise InputError(
-                f"where={where!r} and layers={layers} leave nothing of {kind!r} ({found[0].key} is in "
-                f"{'block ' + str(found[0].index) if found[0].index is not None else 'no block'}; blocks: {blocks}); "
-                "give it a method of its own"
-            )
-        chosen.update({(s.target, s.key): s for s in kept})  # norm.bias is a norm and a bias: one site
-    picked = [s for s in sites if s is chosen.get((s.target, s.key))]
-    _check(picked)
-    return picked
-
-
-def _of_kind(kind: str, sites: Sequence[Site], fits: Callable[[Site], bool]) -> list[Site]:
-    exact = [s for s in sites if s.kind == kind]
-    matches = exact or [s for s in sites if not s.whole and fnmatchcase(s.kind, kind) and (s.blocked or fits(s))]
-    if not matches:
-        raise InputError(_no_kind(kind, sites))
-    return matches
-
-
-def _in_layers(site: Site, layers: slice | None) -> bool:
-    return layers is None or (site.index is not None and site.index in range(site.depth)[layers])
-
-
-def _no_kind(kind: str, sites: Sequence[Site]) -> str:
-    if kind == "head":
-        return (
-            "no head is known in this model; make one, e.g. with timm's model.reset_classifier(num_classes), or say "
-            "where it is with sites={Model: (vm.Weight('head', 'fc.weight'),)}"
-        )
-    offered = sorted({s.kind for s in sites})
-    close = difflib.get_close_matches(kind, offered, 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no site of kind {kind!r} in this model, which offers {', '.join(offered) or 'none'}{hint}"
-
-
-def _check(sites: Sequence[Site]) -> None:
-    taken: dict[tuple[str, str], list[Site]] = {}
-    for site in sites:
-        if site.blocked:
-            raise InputError(site.blocked)
-        for other in taken.setdefault((site.target, site.slot), []):
-            if site.span is None and _overlap(site, other):
-                raise InputError(f"{site.key} ({site.kind}) and {other.key} ({other.kind}) overlap; name one of them")
-        taken[(site.target, site.slot)].append(site)
-
-
-def _overlap(a: Site, b: Site) -> bool:
-    if a.range is None or b.range is None or a.axis != b.axis:
-        return True
-    return a.range[0] < b.range[1] and b.range[0] < a.range[1]
