@@ -64,11 +64,11 @@ class Config:
         rank: inner dimension of LoRA.
         alpha: LoRA acts with alpha / rank; without it, with 1.
         dropout: probability of dropping LoRA's inputs while training.
-        steps: updates in all; 500, or 400 with the embedded model. More with --resume extends a finished run.
+        steps: updates in all; 500, or 600 with the embedded model. More with --resume extends a finished run.
         batch: photos for each forward pass, and as many class images on top; 1, or 4 with the embedded model.
         accumulate: forward passes for each update.
         learning_rate: of AdamW, after warming up; 1e-4, or 1e-3 with the embedded model.
-        schedule: course of the learning rate.
+        schedule: course of the learning rate; constant, or cosine with the embedded model.
         warmup: updates over which it rises from zero.
         weight_decay: of AdamW.
         clip: largest norm of the gradient; 0 is off.
@@ -114,7 +114,7 @@ class Config:
     batch: int | None = None
     accumulate: int = 1
     learning_rate: float | None = None
-    schedule: Schedule = "constant"
+    schedule: Schedule | None = None
     warmup: int = 0
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -140,9 +140,10 @@ PHOTO = "a photo of sks dog"
 # The usual value, and the one that suits the embedded model, which is small, fast and far less trained.
 BY_MODEL = {
     "sites": (("attn.*", "xattn.*"), ("attn.*", "xattn.*", "mlp.*", "conv")),
-    "steps": (500, 400),
+    "steps": (500, 600),
     "batch": (1, 4),
     "learning_rate": (1e-4, 1e-3),
+    "schedule": ("constant", "cosine"),
     "sample_steps": (25, 20),
     "guidance": (7.5, 4.0),
 }
@@ -173,7 +174,7 @@ def main(config: Config) -> Result:
 
 def run(config: Config) -> Result:
     """`main` for settings that are filled in."""
-    plan = Plan(known(config.steps), config.accumulate, config.seed, config.schedule, config.warmup, config.clip)
+    plan = Plan(known(config.steps), config.accumulate, config.seed, known(config.schedule), config.warmup, config.clip)
     photos = runs.read_and_tell(config.photos or subject_folder(), config.resolution, config.captions)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
     pipe = diffusion.load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)

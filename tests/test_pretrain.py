@@ -13,11 +13,13 @@ SCRIPTS = Path(__file__).parent.parent / "pipelines" / "pretrain"
 sys.path.insert(0, str(SCRIPTS))
 
 import autoencoder  # noqa: E402
-import data  # noqa: E402
 import loop  # noqa: E402
 import stable_diffusion  # noqa: E402
 import tokenizer  # noqa: E402
 from muon import orthogonalise  # noqa: E402
+
+from vismodal.data import emoji as data  # noqa: E402
+from vismodal.errors import InputError  # noqa: E402
 
 NAMES = ("red ball", "blue box", "apple", "scissors", "green_leaf", "house")
 
@@ -113,7 +115,7 @@ def test_background_and_caption_say_what_is_drawn(folder: Path) -> None:
 
 
 def test_missing_data_says_what_to_pass(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="must be the folder that holds"):
+    with pytest.raises(InputError, match="must be the folder that holds"):
         data.load_emoji(tmp_path, "noto")
 
 

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import SIZE, Emoji, Photos, compose, draw_layout, load_emoji, rng, to_tensor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jsonargparse import auto_cli
 from loop import SAVE_EVERY, Average, Log, Schedule, Stop, Workers, load_state, save_state, ticks
 from muon import Muon, split
+from photos import Photos
 from PIL import Image
 from torch import Tensor
+
+from vismodal.data.emoji import SIZE, Emoji, compose, draw_layout, load_emoji, rng, to_tensor
 
 
 @dataclass(frozen=True)

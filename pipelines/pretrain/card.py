@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import COLOURS, Emoji, rng, with_article
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 from tokenizer import save as save_tokenizer
+
+from vismodal.data.emoji import COLOURS, Emoji, rng, with_article
 
 STEPS, GUIDANCE = 20, 4.0
 SHEET = (

@@ -18,12 +18,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from card import background_of, sample
-from data import COLOURS, Emoji, compose, draw_layout, load_emoji, rng, to_tensor, with_article
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from jsonargparse import auto_cli
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+
+from vismodal.data.emoji import COLOURS, Emoji, compose, draw_layout, load_emoji, rng, to_tensor, with_article
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ import card
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data import Emoji, Layout, caption, compose, draw_layout, load_emoji, plain_caption, rng, to_tensor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -35,6 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from vismodal.data.emoji import Emoji, Layout, caption, compose, draw_layout, load_emoji, plain_caption, rng, to_tensor
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data import COLOURS, PLACE_FORMS, SUBJECT_FORMS, load_emoji
 from jsonargparse import auto_cli
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
+
+from vismodal.data.emoji import COLOURS, PLACE_FORMS, SUBJECT_FORMS, load_emoji
 
 # Words of DreamBooth's prompt list and classes: not in any caption here, but in what people will type.
 PROMPT_WORDS = (

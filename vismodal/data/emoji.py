@@ -1,15 +1,13 @@
-"""Emoji composites with captions, for every model trained in this folder.
+"""Emoji composites with captions: what the embedded models were trained on, and what `vismodal bench emoji` measures.
 
 A composite is one RGBA emoji at a random size and place on a background of a named colour (sometimes two), 64 px. Its
 captions name the emoji and, mostly, the background. Every draw comes from a generator keyed (seed, purpose, step,
 index), so a resumed run sees the batches that it would have seen, and the evaluation composites never change.
 
-Expected layout of the data folder (`../shared/data.md`): `emoji/{noto,fluent}/*.{png,webp}` + `metadata.jsonl`, and,
-for the autoencoder's share of photos, `cifar100_train.npz`, `dreambooth/*/*.jpg`, `transfer/*/train/*/*.jpg`. Missing
-photos are skipped with a word; missing emoji are an error.
+The data folder holds `emoji/{noto,fluent}/*.{png,webp}`, the same emoji under the same stem in two drawing styles, each
+with a `metadata.jsonl` of `file_name`, `text`, `keywords` and `category`.
 """
 
-import io
 import json
 import zlib
 from collections.abc import Sequence
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from vismodal.errors import InputError
 
 SIZE = 64
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -87,9 +87,7 @@ def load_emoji(data: Path, style: str) -> list[Emoji]:
     folder = data / "emoji" / style
     listing = folder / "metadata.jsonl"
     if not listing.exists():
-        raise FileNotFoundError(
-            f"{listing} is missing: `data` must be the folder that holds emoji/{style}, see shared/data.md"
-        )
+        raise InputError(f"{listing} is missing: `data` must be the folder that holds emoji/{style}")
     rows = sorted((json.loads(line) for line in listing.read_text().splitlines()), key=lambda row: row["file_name"])
     return [_read_emoji(folder, row) for row in rows]
 
@@ -156,51 +154,3 @@ def plain_caption(emoji: Emoji, layout: Layout) -> str:
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
     """uint8 [b][64, 64, 3] to float [b, 3, 64, 64] in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-class Photos:
-    """Random 64 px crops of whatever photographs the data folder holds, for the autoencoder."""
-
-    def __init__(self, data: Path, most: int = 6000, seed: int = 0) -> None:
-        r = rng(seed, "photo files")
-        files = sorted(data.glob("transfer/*/train/*/*.jpg"))
-        files = [files[i] for i in r.permutation(len(files))[:most]]
-        # Forty-odd DreamBooth photos against thousands of others: repeated, or they would hardly be seen.
-        self.subjects = [self._read(p, 128) for p in sorted(data.glob("dreambooth/*/*.jpg"))]
-        self.pictures = [self._read(p, 96) for p in files] + self._cifar(data / "cifar100_train.npz", r, most)
-        if not self.pictures and not self.subjects:
-            print(f"no photos under {data}: the autoencoder trains on emoji alone")
-
-    def __bool__(self) -> bool:
-        return bool(self.pictures or self.subjects)
-
-    @staticmethod
-    def _read(file: Path | io.BytesIO, side: int) -> np.ndarray:
-        with Image.open(file) as picture:
-            rgb = picture.convert("RGB")
-        scale = side / min(rgb.size)
-        if scale < 1:
-            rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
-        return np.asarray(rgb)
-
-    def _cifar(self, file: Path, r: np.random.Generator, most: int) -> list[np.ndarray]:
-        if not file.exists():
-            return []
-        stored = np.load(file)
-        blob, offsets = stored["jpeg"].tobytes(), stored["offsets"]
-        chosen = r.permutation(len(offsets) - 1)[:most]
-        return [self._read(io.BytesIO(blob[offsets[i] : offsets[i + 1]]), SIZE) for i in chosen]
-
-    def draw(self, r: np.random.Generator) -> np.ndarray:
-        """One crop, uint8 [64, 64, 3], mirrored half of the time."""
-        pool = self.subjects if self.subjects and (not self.pictures or r.random() < 0.4) else self.pictures
-        picture = pool[r.integers(len(pool))]
-        h, w = picture.shape[:2]
-        # From a crop of 3/4 of the short side to the whole of it.
-        side = int(min(h, w) * r.uniform(0.75, 1))
-        top, left = int(r.integers(h - side + 1)), int(r.integers(w - side + 1))
-        crop = Image.fromarray(picture[top : top + side, left : left + side]).resize(
-            (SIZE, SIZE), Image.Resampling.BICUBIC
-        )
-        out = np.asarray(crop)
-        return out[:, ::-1] if r.random() < 0.5 else out
