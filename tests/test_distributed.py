@@ -21,9 +21,9 @@ NAMES = ("timm-vit_tiny_patch16_224", "timm-swinv2_tiny_window8_256", "timm-resn
 def gradients(name: str, method: str, rank: int | None) -> dict[str, Tensor]:
     """Of the adapter, on the whole batch (rank None) or on this rank's half under DDP."""
     model = BY_NAME[name].model()
-    idle = vm.adapt(model, METHODS["LoRA"](model), name="idle")  # type: ignore[arg-type]
+    idle = vm.adapt(model, METHODS["LoRA"].make(model), name="idle")
     vm.use(model)
-    adapter = vm.adapt(model, METHODS[method](model), name="a", seed=0)  # type: ignore[arg-type]
+    adapter = vm.adapt(model, METHODS[method].make(model), name="a", seed=0)
     shake(adapter)
     size = 64 if "swin" in name else 32
     x = fixed(4, 3, size, size)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "vismodal"
 FLOORS = {
     **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "site", "discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports"), 1),
-    **dict.fromkeys(("bank", "adapter"), 2),
+    **dict.fromkeys(("bank", "adapter", "attach"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "formats"), 3),
     **dict.fromkeys(("losses", "data", "train", "callbacks", "resume", "interrupt", "draw", "report"), 4),
     **dict.fromkeys(("denoise", "diffusion", "evaluate", "prompts", "runs"), 4),
@@ -50,7 +50,7 @@ def test_imports_only_go_down(path: Path) -> None:
 
 def test_a_method_knows_no_family_and_no_port() -> None:
     for path in (PACKAGE / "methods").glob("*.py"):
-        assert not imported(path) & {"families", "ports", "adapter"}, path.name
+        assert not imported(path) & {"families", "ports", "adapter", "attach"}, path.name
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -165,6 +165,90 @@ def test_spans_of_a_unet(kind: str) -> None:
         assert torch.equal(case.run(model), y0)
 
 
+class Running(SpanModule):
+    """A sum over the blocks, written back into each, s <- s + x_i A and x_i <- x_i + s; prompts around it all."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(width, width) / width)
+        self.prompt = nn.Parameter(torch.randn(2, width))
+
+    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        return torch.cat([x[:, :1], self.prompt.expand(len(x), -1, -1), x[:, 1:]], 1)
+
+    def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
+        i = int(name.rpartition(".")[2])
+        context[name] = context.get(f"block.{i - 1}", 0) + y @ self.A
+        return y + context[name]
+
+    def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
+        return torch.cat([y[:, :1], y[:, 3:]], 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder(Parallel):
+    sites: tuple[str, ...] = ("features",)
+    interpolates: ClassVar[bool] = False
+
+    def build(self, sites: Sequence[Site]) -> Built:
+        return Built(tuple(Running(s.width) for s in sites))
+
+
+class Counter(SpanModule):
+    """Notes how many tokens others have joined, and adds that to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.1))
+
+    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        return x + self.gain * context["extra"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Parallel):
+    sites: tuple[str, ...] = ("attn",)
+
+    def build(self, sites: Sequence[Site]) -> Built:
+        return Built(tuple(Counter() for _ in sites))
+
+
+@pytest.mark.parametrize("name", ["timm-vit_tiny_patch16_224", "transformers-ViT", "transformers-CLIP"])
+def test_spans_over_all_blocks_are_exact_under_checkpointing(name: str) -> None:
+    """A running state over recomputed blocks, with a span inside each that has to know of the joined tokens."""
+    case = next(c for c in CASES if c.name == name)
+    kinds = {"where": "*vision*"} if "CLIP" in name else {}
+    results = []
+    for on in (False, True):
+        model = case.model().train()
+        for m in model.modules():
+            if isinstance(m, nn.Dropout):
+                m.p = 0.0
+        if on:
+            case.checkpoint(model)  # type: ignore[misc]
+        adapter = vm.adapt(model, [Counting(**kinds), Ladder(**kinds)], seed=0)
+        shake(adapter)
+        y = case.run(model)
+        y.square().mean().backward()
+        assert adapter.unused() == []
+        results.append([y, *(p.grad for p in adapter.parameters())])
+    assert all(close(b, a, 1e-5) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
+    counters = [m for m in adapter.modules.values() if isinstance(m, Counter)]
+    assert all(m.gain.grad is not None and m.gain.grad != 0 for m in counters), "each saw the joined tokens"
+    copy.deepcopy(model)
+
+
+def test_hooks_stand_in_the_same_order_whoever_came_first() -> None:
+    outputs = []
+    for order in ((0, 1), (1, 0)):
+        model = vit()
+        for i in order:
+            shake(vm.adapt(model, (Ladder(), Prompts())[i], name="ab"[i], seed=i))
+        vm.use(model, "a", "b")
+        outputs.append(model(fixed(2, 3, 32, 32)))
+    assert torch.equal(*outputs)
+
+
 def test_checkpointing_and_compiling() -> None:
     gradients = []
     for on in (False, True):

@@ -39,6 +39,12 @@ class Toy:
     def unused(self) -> list[str]:
         return self.dead
 
+    def penalty(self) -> torch.Tensor | None:
+        return None
+
+    def advance(self, step: int, steps: int) -> None:
+        pass
+
 
 def toy_loss(toy: Toy, batch: int = 2, at=None):
     """Mean squared error on keyed rows of five data points; `at(micro)` may interfere."""

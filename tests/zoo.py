@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 import vismodal as vm
+from vismodal.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,42 @@ def tune(model: nn.Module) -> vm.Tune:
     return vm.Tune(sites=offered(model, ("norm", "bias", "head")))
 
 
-METHODS: dict[str, Callable[[nn.Module], object]] = {"LoRA": lora, "Tune": tune}
+@dataclass(frozen=True)
+class Trial:
+    """A method in the matrix: how to make it for a model, and the names of the models that it claims, by glob.
+
+    `idle` names tensors that get no gradient by the method's definition, by glob on their key.
+    """
+
+    make: Callable[[nn.Module], Method]
+    claims: tuple[str, ...] = ("*",)
+    idle: tuple[str, ...] = ()
+
+
+# one line a method
+METHODS: dict[str, Trial] = {
+    "LoRA": Trial(lora),
+    "Tune": Trial(tune),
+}
+
+# LoRA and Tune, one of each port, go over every model; the other methods over those that differ in kind
+EVERYWHERE = ("LoRA", "Tune")
+REPRESENTATIVES = (
+    "timm-vit_tiny_patch16_224", "timm-vit_small_patch14_reg4_dinov2", "timm-swin_tiny_patch4_window7_224",
+    "timm-eva02_tiny_patch14_224", "open_clip-CLIP", "transformers-ViT", "transformers-CLIP", "diffusers-SD1.5",
+)  # fmt: skip
+
+
+def pairs(names: Sequence[str] = ()) -> list[tuple[Case, str]]:
+    """Every model and method that the matrix is to try, or those of some methods."""
+    return [
+        (case, name)
+        for name, trial in METHODS.items()
+        for case in CASES
+        if (not names or name in names)
+        and (name in EVERYWHERE or case.name in REPRESENTATIVES)
+        and any(fnmatchcase(case.name, glob) for glob in trial.claims)
+    ]
 
 
 def shake(adapter: vm.Adapter, size: float = 0.05) -> None:

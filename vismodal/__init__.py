@@ -4,7 +4,8 @@ import vismodal as vm
 a = vm.adapt(model, vm.LoRA(rank=8), name="pets")
 """
 
-from vismodal.adapter import Adapter, adapt, attached, sites, use
+from vismodal.adapter import Adapter
+from vismodal.attach import adapt, attached, sites, use
 from vismodal.catalogue import families, methods
 from vismodal.checkpoint import load, save
 from vismodal.errors import InputError

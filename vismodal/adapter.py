@@ -1,30 +1,18 @@
-"""Adapters: attach methods to a model, switch, scale, merge and detach them.
-
-    a = adapt(model, LoRA(rank=8), name="pets")
-
-The base is frozen and stays as it is: same classes, same keys, same values. Adapter modules live in a `Bank` on the
-model, visible to `parameters()`, `.to()` and `train()`, absent from `state_dict()` and from `apply()`.
-"""
+"""An adapter: one named adaptation, which is switched, scaled, merged, trained, saved and detached as one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vismodal.bank import Attached, Bank, bank_of
-from vismodal.discover import discover, select
+from vismodal.bank import Attached, bank_of, detach
 from vismodal.errors import InputError
-from vismodal.families import table as family_table
-from vismodal.fingerprint import BANK, Fingerprint, fingerprint
-from vismodal.methods import METHODS, Method
-from vismodal.ports import SpanPort, WeightPort, is_ported
-from vismodal.site import Site, Sites, Table
-
-Models = nn.Module | Mapping[str, nn.Module]
+from vismodal.fingerprint import BANK, Fingerprint
+from vismodal.methods import Method
 
 
 class Adapter:
@@ -174,7 +162,37 @@ class Adapter:
                 raise InputError(f"{self.name!r} is off, so keep=True would bake nothing in; enable or use it first")
             self.merge()
         for model in self.models.values():
-            _detach(model, self.name, keep)
+            detach(model, self.name, keep)
+
+    # -- training --
+
+    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser: by the methods' own learning rates, no decay for vectors and scalars."""
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for key, module in self._all_modules().items():
+            method = self.methods[key.partition("/")[0]]
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    groups.setdefault((method.rate(name), p.dim() > 1), []).append(p)
+        return [
+            {"params": params, "lr": lr * rate, "weight_decay": weight_decay if decays else 0.0}
+            for (rate, decays), params in groups.items()
+        ]
+
+    def _by_method(self) -> Iterator[tuple[Method, list[nn.Module]]]:
+        for slot, method in self.methods.items():
+            yield method, [m for k, m in self.modules.items() if k.partition("/")[0] == slot]
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the terms that its methods add to a loss; None where no method has one."""
+        terms = [method.loss(modules) for method, modules in self._by_method()]
+        given = [term for term in terms if term is not None]
+        return torch.stack(given).sum() if given else None
+
+    def advance(self, step: int, steps: int) -> None:
+        """Tell the methods that update `step` of `steps` is done: `vismodal.train.fit` does so."""
+        for method, modules in self._by_method():
+            method.step(modules, step, steps)
 
     def unused(self) -> list[str]:
         """Dead sites: those that did not run since the last call of `unused()` (or since attaching), and, after a
@@ -212,206 +230,6 @@ def _count(module: nn.Module) -> int:
 
 
 def _has_gradient(module: nn.Module) -> bool:
-    return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
-
-
-# -- the public functions -----------------------------------------------------------------------------------------
-
-
-def sites(model: nn.Module, sites: Table | None = None) -> Sites:
-    """What the model offers: a list of bound sites that prints as a table.
-
-    `sites` adds rows for classes that no family knows: `{MyBlock: (Weight("attn.q", "query.weight"), ...)}`.
-    """
-    found = discover(model, family_table(model, sites))
-    return Sites(found, lambda site: ", ".join(m.__name__ for m in METHODS if m.fits(site)))
-
-
-def adapt(
-    model: Models,
-    method: Method | Sequence[Method],
-    name: str = "default",
-    *,
-    sites: Table | None = None,
-    seed: int | None = None,
-) -> Adapter:
-    """Freeze the model and attach one method, or a list of them, as one trainable adapter.
-
-    Args:
-        model: a module, or several by prefix: {"unet": unet, "text_encoder": text_encoder}.
-        method: e.g. `LoRA(rank=8)`, or `[LoRA(), Tune(sites=("head",))]`.
-        name: the adapter's name on the model.
-        sites: table rows for module classes that no family knows.
-        seed: draws the initial values from this seed alone; None draws from torch's global generator.
-
-    Raises `InputError` where a kind, glob or shape does not fit, or the model is wrapped. Nothing is changed then.
-    """
-    models = _models(model)
-    _check_disjoint(models)
-    for m in models.values():
-        _check(m, name)
-    methods = _slots([method] if isinstance(method, Method) else method)
-    found = {prefix: discover(m, family_table(m, sites), prefix) for prefix, m in models.items()}
-    built: list[tuple[str, Site, nn.Module]] = []
-    shared: dict[str, nn.Module] = {}
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        for slot, each in methods.items():
-            chosen = select([s for f in found.values() for s in f], each.sites, each.where, each.layers, each.fits)
-            modules, common = each.build(chosen)
-            built += [(slot, s, m) for s, m in zip(chosen, modules, strict=True)]
-            if common is not None:
-                shared[f"{slot}/shared"] = common
-    try:
-        for prefix, m in models.items():
-            if BANK not in m._modules:
-                m.add_module(BANK, Bank(m, _heads(found[prefix], prefix)))
-            mine = set(found[prefix])
-            parts = [b for b in built if b[1] in mine]
-            _attach(bank_of(m), name, prefix, methods, parts, shared if m is next(iter(models.values())) else {})
-        for m in models.values():
-            bank_of(m).use((*bank_of(m).active, name))
-    except BaseException:  # an interrupt too leaves nothing behind
-        for m in models.values():
-            _detach(m, name, keep=False)
-        raise
-    return Adapter(models, name)
-
-
-def use(model: Models, *names: str) -> None:
-    """Which adapters act, in this order; none of them gives the base. `use(model, "pets", "style")`.
-
-    Of several models, each uses those that it has. Raises `InputError` for a name that none has, or one given twice.
-    """
-    models = _models(model).values()
-    there = {n for m in models if BANK in m._modules for n in bank_of(m).attached}
-    for name in names:
-        if name not in there:
-            raise InputError(f"no adapter {name!r} on this model, which has {', '.join(sorted(there)) or 'none'}")
-        if names.count(name) > 1:
-            raise InputError(f"adapter {name!r} is named twice")
-    for m in models:
-        if BANK in m._modules:
-            bank_of(m).use([n for n in names if n in bank_of(m).attached])
-
-
-def attached(model: Models) -> dict[str, Adapter]:
-    """The adapters on a model by name, also on a copied or unpickled one."""
-    adapters: dict[str, dict[str, nn.Module]] = {}
-    for m in _models(model).values():
-        for name, part in (bank_of(m).attached if BANK in m._modules else {}).items():
-            adapters.setdefault(name, {})[part.prefix] = m
-    return {name: Adapter(models, name) for name, models in adapters.items()}
-
-
-def _models(model: Models) -> dict[str, nn.Module]:
-    models = dict(model) if isinstance(model, Mapping) else {"": model}
-    for m in models.values():
-        if not isinstance(m, nn.Module):
-            parts = [n for n in ("unet", "transformer", "text_encoder") if isinstance(getattr(m, n, None), nn.Module)]
-            hint = ", ".join(f'"{n}": pipe.{n}' for n in parts)
-            raise InputError(f"a {type(m).__name__} is no module" + (f"; write {{{hint}}}" if hint else ""))
-        if type(m).__name__ in WRAPPERS or m._compiled_call_impl is not None:
-            inner = WRAPPERS.get(type(m).__name__)
-            where = f"it holds the model at .{inner}" if inner else "it was compiled in place"
-            raise InputError(
-                f"this is a {type(m).__name__}: use the plain model, and adapt it before wrapping; {where}"
-            )
-    return models
-
-
-# -- attaching ----------------------------------------------------------------------------------------------------
-
-
-WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
-
-
-def _slots(methods: object) -> dict[str, Method]:
-    slots: dict[str, Method] = {}
-    for method in methods if isinstance(methods, Iterable) else (methods,):
-        if not isinstance(method, Method):
-            raise InputError(f"{method!r} is no method; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
-        slot = name = type(method).__name__.lower()
-        while slot in slots:
-            slot = f"{name}_{int(slot[len(name) + 1 :] or 0) + 1}"
-        slots[slot] = method
-    if not slots:
-        raise InputError("no method given; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
-    return slots
-
-
-def _check_disjoint(models: Mapping[str, nn.Module]) -> None:
-    owner: dict[int, str] = {}
-    for prefix, m in models.items():
-        for p in m.parameters():
-            if owner.setdefault(id(p), prefix) != prefix:
-                raise InputError(f"models {owner[id(p)]!r} and {prefix!r} share parameters; give each of them once")
-
-
-def _check(model: nn.Module, name: str) -> None:
-    if any(hasattr(m, "_hf_hook") for m in model.modules()):
-        raise InputError("the model is offloaded by accelerate; call adapt before any offloading or dispatching")
-    if any(hasattr(p, "placements") for p in model.parameters()):
-        raise InputError("the parameters are sharded (DTensor); call adapt before fully_shard")
-    if BANK not in model._modules and any(is_ported(m) for m in model.modules()):
-        raise InputError(
-            "a part of this model, or a whole that it is part of, is adapted; adapt that one, or detach it"
-        )
-    if not name or any(c in name for c in "./"):
-        raise InputError(f"{name!r} cannot name an adapter: write a name without dots or slashes")
-    if BANK in model._modules and name in bank_of(model).attached:
-        raise InputError(f"the model has an adapter {name!r} already; choose another name, or detach that one first")
-
-
-def _heads(sites: Iterable[Site], prefix: str) -> frozenset[str]:
-    """Names of the parameters of classification heads, which differ from task to task."""
-    heads = [s for s in sites if s.kind == "head"]
-    paths = [s.path.removeprefix(prefix).strip(".") for s in heads]
-    names = [s.places[0].weight if s.slot == "weight" else s.places[0].bias for s in heads]
-    return frozenset(f"{path}.{name}".strip(".") for path, name in zip(paths, names, strict=True))
-
-
-def _attach(
-    bank: Bank,
-    name: str,
-    prefix: str,
-    methods: dict[str, Method],
-    built: list[tuple[str, Site, nn.Module]],
-    shared: dict[str, nn.Module],
-) -> None:
-    if not bank.is_free(name):
-        raise InputError(f"{name!r} cannot name an adapter: choose another name")
-    modules = {f"{slot}/{site.key}": module for slot, site, module in built}
-    kinds = {f"{slot}/{site.key}": site.kind for slot, site, _ in built}
-    bank.attached[name] = Attached(name, prefix, methods, kinds, modules, shared)
-    bank.attached[name].tree.train(bank.training)
-    for slot, site, module in built:
-        if site.target not in bank.ports:
-            bank.ports[site.target] = WeightPort(site) if site.span is None else SpanPort(site)
-        port = bank.ports[site.target]
-        port.add(name, f"{slot}/{site.key}", module, site)
-
-
-def _detach(model: nn.Module, name: str, keep: bool) -> None:
-    if BANK not in model._modules:
-        return
-    bank = bank_of(model)
-    for target, port in list(bank.ports.items()):
-        if keep:
-            port.keep(name)
-        port.set((), ())
-        port.remove(name)
-        if not port.entries:
-            del bank.ports[target]
-    if keep:
-        bank.base = fingerprint(model, bank.heads)
-    bank.attached.pop(name, None)
-    bank.use([n for n in bank.active if n != name])
-    if bank.attached:
-        return
-    for frozen in bank.frozen:
-        frozen.remove(model.training)
-    del model._modules[BANK]
-    for path, p in model.named_parameters():
-        p.requires_grad_(bank.requires_grad.get(path, p.requires_grad))
+    """Whether a tensor of its own got a gradient; one that has none is no worse for that."""
+    own = list(module.parameters())
+    return not own or any(p.grad is not None and bool(p.grad.any()) for p in own)

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, fingerprint
 from vismodal.methods import Method
-from vismodal.ports import FrozenStatistics, Port
+from vismodal.ports import FrozenStatistics, Port, SpanPort, Stream, WeightPort
+from vismodal.site import Site
 
 
 class Bank(nn.Module):
@@ -27,6 +29,7 @@ class Bank(nn.Module):
         self.base = fingerprint(model, heads)
         self.attached: dict[str, Attached] = {}
         self.ports: dict[str, Port] = {}
+        self.stream = Stream()
         self.active: tuple[str, ...] = ()
         self.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
@@ -76,6 +79,11 @@ class Bank(nn.Module):
         for port in self.ports.values():
             port.set(live, merged)
 
+    def rehook(self) -> None:
+        """Hooks of all ports anew, in an order that does not depend on which adapter came first."""
+        for port in sorted(self.ports.values(), key=lambda port: port.order):
+            port.rehook()
+
     def use(self, names: Sequence[str]) -> None:
         self.active = tuple(names)
         for attached in self.attached.values():
@@ -115,3 +123,52 @@ def bank_of(model: nn.Module) -> Bank:
     """The bank of a model that has one."""
     bank: Bank = model._modules[BANK]  # type: ignore[assignment]
     return bank
+
+
+def attach(
+    bank: Bank,
+    name: str,
+    prefix: str,
+    methods: dict[str, Method],
+    built: list[tuple[str, Site, nn.Module]],
+    shared: dict[str, nn.Module],
+) -> None:
+    """Put the modules built for sites of one model into its bank, and their ports on their places."""
+    if not bank.is_free(name):
+        raise InputError(f"{name!r} cannot name an adapter: choose another name")
+    modules = {f"{slot}/{site.key}": module for slot, site, module in built}
+    kinds = {f"{slot}/{site.key}": site.kind for slot, site, _ in built}
+    bank.attached[name] = Attached(name, prefix, methods, kinds, modules, shared)
+    bank.attached[name].tree.train(bank.training)
+    for slot, site, module in built:
+        if site.target not in bank.ports:
+            bank.ports[site.target] = WeightPort(site) if site.span is None else SpanPort(site, bank.stream)
+        bank.ports[site.target].add(name, f"{slot}/{site.key}", module, site)
+    bank.rehook()
+
+
+def detach(model: nn.Module, name: str, keep: bool) -> None:
+    """Take an adapter off a model; the last one leaves the model as it was found."""
+    if BANK not in model._modules:
+        return
+    bank = bank_of(model)
+    for target, port in list(bank.ports.items()):
+        if keep:
+            port.keep(name)
+        port.set((), ())
+        port.remove(name)
+        if not port.entries:
+            port.rehook()
+            del bank.ports[target]
+    bank.rehook()
+    if keep:
+        bank.base = fingerprint(model, bank.heads)
+    bank.attached.pop(name, None)
+    bank.use([n for n in bank.active if n != name])
+    if bank.attached:
+        return
+    for frozen in bank.frozen:
+        frozen.remove(model.training)
+    del model._modules[BANK]
+    for path, p in model.named_parameters():
+        p.requires_grad_(bank.requires_grad.get(path, p.requires_grad))

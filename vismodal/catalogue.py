@@ -41,7 +41,7 @@ def _count(method: type[Method]) -> int:
     import timm
     import torch
 
-    from vismodal.adapter import adapt
+    from vismodal.attach import adapt
 
     with torch.device("meta"):
         return adapt(timm.create_model("vit_base_patch16_224"), method()).num_parameters

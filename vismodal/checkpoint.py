@@ -15,7 +15,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vismodal.adapter import Adapter, Models, adapt
+from vismodal.adapter import Adapter
+from vismodal.attach import Models, adapt
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.fingerprint import Fingerprint

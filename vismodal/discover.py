@@ -16,7 +16,21 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vismodal.errors import InputError
-from vismodal.site import Entry, Order, Part, Place, Range, Site, Span, Table, Tower, Weight, lookup
+from vismodal.site import (
+    Entry,
+    Layout,
+    Order,
+    Part,
+    Place,
+    Range,
+    Site,
+    Span,
+    Table,
+    Tokens,
+    Tower,
+    Weight,
+    lookup,
+)
 
 # -- discovery ---------------------------------------------------------------------------------------------------
 
@@ -34,7 +48,10 @@ def discover(model: nn.Module, table: Table, prefix: str = "") -> list[Site]:
     for step in walked:
         for entry in step.entries:
             for site in _bind(entry, step.module, step.path, holders):
-                site = replace(site, tower=step.tower, index=step.block, depth=depth[step.tower])
+                tower = (site.span and site.span.tower) or step.tower
+                site = replace(site, tower=tower, index=step.block, depth=depth[tower], order=len(found))
+                if step.tokens is not None:
+                    site = replace(site, layout=step.tokens[0], fixed=step.tokens[1])
                 if site.identity in found:  # the outermost declaration stands
                     continue
                 if (site.kind, site.key) in keys:  # two ranges of one parameter under one kind
@@ -49,6 +66,7 @@ class _Step(NamedTuple):
     tower: str
     block: int | None
     is_block: bool
+    tokens: tuple[Layout, str] | None  # how tokens lie here, and why none can be added
     entries: tuple[Entry, ...]
 
 
@@ -56,9 +74,9 @@ def _walk(model: nn.Module, table: Table, prefix: str) -> Iterator[_Step]:
     """Modules in order, with tower and block index; `_modules` is read directly, so adapters are not walked."""
     seen: set[nn.Module] = set()
     blocks: Counter[str] = Counter()
-    stack: list[tuple[nn.Module, str, str, int | None]] = [(model, prefix, "", None)]
+    stack: list[tuple[nn.Module, str, str, int | None, tuple[Layout, str] | None]] = [(model, prefix, "", None, None)]
     while stack:
-        module, path, tower, index = stack.pop()
+        module, path, tower, index, tokens = stack.pop()
         if module in seen:
             continue
         seen.add(module)
@@ -67,13 +85,14 @@ def _walk(model: nn.Module, table: Table, prefix: str) -> Iterator[_Step]:
         if is_block:
             index = blocks[tower]
             blocks[tower] += 1
-        yield _Step(module, path, tower, index, is_block, entries)
+        tokens = next(((e.layout(module), e.fixed) for e in entries if isinstance(e, Tokens)), tokens)
+        yield _Step(module, path, tower, index, is_block, tokens, entries)
         towers = {e.child: e.name for e in entries if isinstance(e, Tower)}
         order = [name for e in entries if isinstance(e, Order) for name in e.children]
         children = sorted(module._modules.items(), key=lambda c: order.index(c[0]) if c[0] in order else -1)
         for name, child in reversed(children):
             if child is not None:
-                stack.append((child, f"{path}.{name}" if path else name, towers.get(name, tower), index))
+                stack.append((child, f"{path}.{name}" if path else name, towers.get(name, tower), index, tokens))
 
 
 class _Holder(NamedTuple):
@@ -139,16 +158,36 @@ def _blocked(entry: Weight, owner: nn.Module, name: str, path: str) -> Iterator[
 
 
 def _bind_span(entry: Span, module: nn.Module, path: str) -> Iterator[Site]:
-    names = {"enter": entry.enter, "exit": entry.exit, **{tap: tap for tap in entry.taps}}
-    modules = {name: _submodule(module, sub) for name, sub in names.items()}
-    if all(m is not None for m in modules.values()):
-        found = {name: m for name, m in modules.items() if m is not None}
-        yield Site(entry.kind, f"{path}:{entry.kind}", f"{path}/{entry.kind}", (), "span", span=entry, modules=found)
+    modules: dict[str, nn.Module | None] = {
+        "enter": _submodule(module, entry.enter),
+        "exit": _submodule(module, entry.exit),
+    }
+    for name, sub in entry.taps.items():
+        parent = _submodule(module, sub.removesuffix(".*"))
+        if sub.endswith(".*") and parent is not None:
+            modules |= {f"{name}.{i}": child for i, child in enumerate(parent._modules.values())}
+        else:
+            modules[name] = parent
+    found = {name: m for name, m in modules.items() if m is not None}
+    if len(found) == len(modules) and (entry.when is None or entry.when(module)):
+        width = _width(_submodule(module, entry.width)) if entry.width is not None else 0
+        key, target = f"{path}:{entry.kind}", f"{path}/{entry.kind}"
+        yield Site(entry.kind, key, target, (), "span", span=entry, modules=found, width=width)
+
+
+def _width(module: nn.Module | None) -> int:
+    """Channels that a norm, a layer or an embedding puts out; 0 where it does not say."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    shape = getattr(module, "normalized_shape", None)
+    weight = getattr(module, "weight", None)
+    return int(shape[-1]) if shape else int(weight.shape[0]) if isinstance(weight, Tensor) else 0
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     for name in filter(None, path.split(".")):
-        child = module._modules.get(name)
+        last = next(reversed(module._modules), "") if name == "-1" else name
+        child = module._modules.get(last)
         if child is None:
             return None
         module = child

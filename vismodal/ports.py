@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vismodal.errors import InputError
 from vismodal.methods.base import SpanModule
-from vismodal.recompute import Recompute, State
+from vismodal.recompute import Recompute, State, recomputing
 from vismodal.site import Place, Range, Site
 from vismodal.weights import Entry, Group, compute, region, rows
 
@@ -38,15 +38,18 @@ class Port:
         self.recompute = Recompute()
         self.handles: list[RemovableHandle] = []
 
+    @property
+    def order(self) -> tuple[bool, int]:
+        """Outer spans before inner ones, and those before weights: what is hooked last acts first on an output."""
+        return True, 0
+
     def add(self, adapter: str, key: str, module: nn.Module, site: Site) -> None:
         self.entries.append(Entry(adapter, key, module, site.slot, site.range, site.axis))
-        self._rehook()
 
     def remove(self, adapter: str) -> None:
         self.entries = [e for e in self.entries if e.adapter != adapter]
-        self._rehook()
 
-    def _rehook(self) -> None:
+    def rehook(self) -> None:
         """Hooks are made only when modules come or go; switching and scaling change plain state."""
         for handle in self.handles:
             handle.remove()
@@ -231,62 +234,127 @@ class WeightPort(Port):
         self._forget()
 
 
+Opened = list[tuple[Group, SpanModule, dict[str, Any]]]  # modules in order, each with its context
+
+
+class Stream:
+    """How many tokens the spans of a model have joined to each tower's stream; plain numbers, so a model copies."""
+
+    def __init__(self) -> None:
+        self.joined: dict[str, dict[str, int]] = {}  # by tower, by port
+        self.closed: dict[str, dict[str, int]] = {}  # of spans over several blocks: what they had joined
+
+    def count(self, tower: str, again: bool) -> int:
+        """Tokens joined where the tower stands; `again` while blocks are recomputed after the forward has ended."""
+        closed = self.closed.get(tower, {}) if again else {}
+        return sum((closed | self.joined.get(tower, {})).values())
+
+
 class SpanPort(Port):
     """Everything that acts on the stream between one module's input and another's output, with taps in between.
 
     Enters run in order, exits in reverse. An exit acts only after its own enter: a module may run elsewhere too
-    (dropout in transformers' ViT runs twice a block). What a module keeps from enter to exit lives in a context that
-    is made anew each time, so that recomputing a block repeats and never adds.
+    (dropout in transformers' ViT runs twice a block). What a module keeps from enter to exit lives in a context that is
+    made anew for each forward. Checkpointing recomputes single blocks: a span inside one is entered again, one that
+    goes over several repeats each enter, tap and exit with the context that the forward left.
     """
 
-    def __init__(self, site: Site):
+    def __init__(self, site: Site, stream: Stream):
         super().__init__()
         self.modules = dict(site.modules)
-        self.open: list[tuple[Group, SpanModule, dict[str, Any]]] | None = None
+        self.position = site.order
+        self.tower, self.key = site.tower, site.target
+        self.over_blocks = site.index is None
+        self.stream = stream
+        self.open: Opened | None = None
+        self.left: Opened | None = None  # what the last forward had open, of a span over several blocks
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        return False, self.position
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"open": None, "left": None}  # tensors of a graph do not go along
 
     def _hooks(self) -> Iterator[RemovableHandle]:
         yield self.modules["enter"].register_forward_pre_hook(self._enter, with_kwargs=True)
         yield self.modules["exit"].register_forward_hook(self._exit, prepend=True)
         for name, module in self.modules.items():
             if name not in ("enter", "exit"):
-                yield module.register_forward_hook(self._tap, prepend=True)
+                # before the exit, which may be of the same module and is prepended as well
+                yield module.register_forward_hook(Tap(self, name), prepend=True)
+
+    def set(self, active: State, merged: State) -> None:
+        super().set(active, merged)
+        self.open = self.left = None
+
+    def _opened(self) -> Opened | None:
+        return self.left if self.over_blocks and recomputing() else self.open
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
         self.recompute.check(self.state)
-        self.open = None  # an exception may have left one
+        again = recomputing()
+        opened = self._opened() if again and self.over_blocks else None
+        if opened is None:
+            self._close()  # an exception may have left one open
+            self.left = None
         if not self.live:
             return None
         name = None if args else next(iter(kwargs))
-        x = kwargs[name] if name is not None else args[0]
+        x0 = x = kwargs[name] if name is not None else args[0]
         self._mark(x)
-        self.open = []
-        for group in self.live:
-            for entry in group.entries:
-                context: dict[str, Any] = {}
-                span_module = cast(SpanModule, entry.module)
-                x = span_module.enter(x, context)
-                self.open.append((group, span_module, context))
+        if opened is None:
+            extra = self.stream.count(self.tower, again)
+            opened = [(g, cast(SpanModule, e.module), {"extra": extra}) for g in self.live for e in g.entries]
+            self.open = self.left = opened
+        for _, span_module, context in opened:
+            x = span_module.enter(x, context)
+        if not again or not self.over_blocks:
+            self._count(x, x0)
         return (args, {**kwargs, name: x}) if name is not None else ((x, *args[1:]), kwargs)
 
+    def _count(self, x: Tensor, x0: Tensor) -> None:
+        if x.dim() == x0.dim() == 3 and x.shape[1] != x0.shape[1]:
+            self.stream.joined.setdefault(self.tower, {})[self.key] = x.shape[1] - x0.shape[1]
+
+    def _close(self) -> None:
+        self.open = None
+        joined = self.stream.joined.get(self.tower, {}).pop(self.key, 0)
+        if self.over_blocks:
+            self.stream.closed.setdefault(self.tower, {})[self.key] = joined
+
     def _exit(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if self.open is None:
+        opened = self._opened()
+        if opened is None:
             return None
-        opened, self.open = self.open, None
+        if opened is self.open:
+            self._close()
         return _on_stream(out, lambda y: self._back(opened, y))
 
-    def _back(self, opened: list[tuple[Group, SpanModule, dict[str, Any]]], y: Tensor) -> Tensor:
+    def _back(self, opened: Opened, y: Tensor) -> Tensor:
         for group, module, context in reversed(opened):
             new = module.exit(y, context)
             y = new if group.scale == 1 else torch.lerp(y, new, group.scale)
         return y
 
-    def _tap(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        if self.open is None:
+    def tap(self, name: str, out: Any) -> Any:
+        """The output of the tapped module `name`, as the open modules leave it."""
+        opened = self._opened()
+        if opened is None:
             return None
-        name = next(n for n, m in self.modules.items() if m is module)
-        for _, span_module, context in self.open:
-            out = _on_stream(out, lambda y, m=span_module, c=context: m.tap(name, y, c))  # type: ignore[misc]
+        for _, module, context in opened:
+            out = _on_stream(out, lambda y, m=module, c=context: m.tap(name, y, c))  # type: ignore[misc]
         return out
+
+
+class Tap:
+    """A hook that knows the name under which its module is tapped."""
+
+    def __init__(self, port: SpanPort, name: str):
+        self.port, self.name = port, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        return self.port.tap(self.name, out)
 
 
 def _on_stream(out: Any, act: Callable[[Tensor], Tensor]) -> Any:
@@ -311,7 +379,7 @@ def _is_plain(place: Place) -> bool:
 def is_ported(module: nn.Module) -> bool:
     """Whether ports of some model that holds this module hook it."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(isinstance(getattr(hook, "__self__", None), Port | FrozenStatistics) for hook in hooks)
+    return any(isinstance(getattr(hook, "__self__", hook), Port | FrozenStatistics | Tap) for hook in hooks)
 
 
 def _get(place: Place, name: str | None) -> nn.Parameter | None:

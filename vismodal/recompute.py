@@ -9,6 +9,11 @@ import torch
 State = tuple[tuple[str, float], ...]  # adapters in order, each with its scale
 
 
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as checkpointing does it."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class Recompute:
     """Catches a change of the active adapters between a forward and the recomputation of it by checkpointing.
 
@@ -24,7 +29,7 @@ class Recompute:
     def check(self, state: State) -> None:
         if torch.compiler.is_compiling():
             return
-        if torch._C._current_graph_task_id() == -1:
+        if not recomputing():
             if torch.is_grad_enabled():  # a look at the base under no_grad is nothing to go back to
                 if self.recomputed:
                     self.seen.clear()

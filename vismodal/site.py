@@ -39,12 +39,39 @@ class Weight:
 
 @dataclass(frozen=True)
 class Span:
-    """From the input of module `enter` to the output of module `exit` ("" is the declaring module), with named taps."""
+    """From the input of module `enter` to the output of module `exit` ("" is the declaring module), with taps.
+
+    Paths are relative; the last part may be -1 for the last child. `taps` gives names to modules in between whose
+    output is read or replaced: {"normed": "norm1"}; a path that ends in `.*` taps every child, as "blocks.0",
+    "blocks.1", ... for {"blocks": "blocks.*"}. `width` is the path of a module whose weight or shape tells the number
+    of channels of the stream, `channels` the axis on which they lie. `when` says for which instances it holds.
+    """
 
     kind: str
     enter: str = ""
     exit: str = ""
-    taps: tuple[str, ...] = ()
+    taps: Mapping[str, str] = field(default_factory=dict, hash=False)
+    width: str | None = None
+    channels: int = -1
+    tower: str = ""
+    when: Callable[[nn.Module], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tokens lie in the stream: `prefix` of them (class, registers), then those of a grid of rows x columns, or of
+    a sequence where `grid` is None. Methods that add tokens put them between the two."""
+
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Declares the layout of every site below this module; `fixed` says why tokens cannot be added there."""
+
+    layout: Callable[[nn.Module], Layout]
+    fixed: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,7 @@ class Order:
     children: tuple[str, ...]
 
 
-Entry = Weight | Span | Tower | Order
+Entry = Weight | Span | Tokens | Tower | Order
 Table = Mapping[type[nn.Module], tuple[Entry, ...]]
 
 
@@ -116,6 +143,10 @@ class Site:
     span: Span | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)  # of a span: "enter", "exit" and the taps
     depth: int = 0  # number of blocks in the tower
+    width: int = 0  # of a span: channels of its stream
+    layout: Layout | None = None
+    fixed: str = ""  # why tokens cannot be added to the stream here
+    order: int = 0  # in which sites were found: those around others come first
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -204,6 +204,7 @@ class _Run:
                 self.scaler.update()
             else:
                 self.optimizer.step()
+            self.adapter.advance(self.step + 1, self.plan.steps)
             self.step, self.metrics = self.step + 1, metrics
             if log:
                 log.write(self.step, metrics)
@@ -216,7 +217,10 @@ class _Run:
         for index in range(self.step * count, (self.step + 1) * count):
             torch.manual_seed(seed_of(self.plan.seed, "global", index, rank))  # dropout draws from the global generator
             with self.accelerator.autocast():
-                values = self.loss(Micro(self.plan.seed, self.step, index, rank, world))
+                values = dict(self.loss(Micro(self.plan.seed, self.step, index, rank, world)))
+            penalty = self.adapter.penalty()
+            if penalty is not None:
+                values |= {"loss": values["loss"] + penalty, "penalty": penalty}
             self.accelerator.backward(values["loss"] / count)
             for name, value in values.items():
                 mean = value.detach().float() / count

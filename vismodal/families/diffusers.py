@@ -36,10 +36,10 @@ def _reads_itself(block: Any) -> bool:
 
 TABLE: Table = {
     BasicTransformerBlock: (
-        Span("block"),
-        Span("attn", "norm1", "attn1"),
-        Span("xattn", "norm2", "attn2"),
-        Span("mlp", "norm3", "ff"),
+        Span("block", width="norm1"),
+        Span("attn", "norm1", "attn1", {"normed": "norm1"}, "norm1"),
+        Span("xattn", "norm2", "attn2", {"normed": "norm2"}, "norm2"),
+        Span("mlp", "norm3", "ff", {"normed": "norm3"}, "norm3"),
         *attention("attn", "attn1", _reads_itself),
         *attention("xattn", "attn1", _reads_text),
         *attention("xattn", "attn2"),

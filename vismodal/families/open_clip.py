@@ -4,20 +4,39 @@ Version 3.3 builds blocks on `nn.MultiheadAttention` (see `site.COMMON`), Custom
 `text_projection` of the flat `CLIP` class is read by `encode_text`, a method that no hook sees, so it is no site there.
 """
 
+from typing import Any
+
 from open_clip import model, transformer
 
 from vismodal.families.timm import TABLE as TIMM
-from vismodal.site import Span, Table, Tower, Weight
+from vismodal.site import Layout, Span, Table, Tokens, Tower, Weight
 
 NAME = "open_clip"
 MODELS = "CLIP, CustomTextCLIP, timm towers; nn.MultiheadAttention and the library's own Attention"
 
+
+def _image(tower: Any) -> Layout:
+    return Layout(1, tuple(tower.grid_size))
+
+
+def _text(model: Any) -> Layout:
+    return Layout(1)
+
+
+POOLED = "its mask and the place of the token that it is pooled at are made for a fixed number of tokens"
 BLOCK = (
-    Span("block"),
-    Span("attn", "ln_1", "ls_1"),
-    Span("mlp", "ln_2", "ls_2"),
+    Span("block", width="ln_1"),
+    Span("attn", "ln_1", "ls_1", {"normed": "ln_1"}, "ln_1"),
+    Span("mlp", "ln_2", "ls_2", {"normed": "ln_2"}, "ln_2"),
     Weight("mlp.up", "mlp.c_fc.weight"),
     Weight("mlp.down", "mlp.c_proj.weight"),
+)
+
+BLOCKS = {"block": "transformer.resblocks.*"}
+TEXT = (
+    Span("text.tokens", "token_embedding", "token_embedding", width="token_embedding", tower="text"),
+    Span("features", "transformer.resblocks.0", "transformer.resblocks.-1", BLOCKS, "ln_final", tower="text"),
+    Weight("embed.tokens", "token_embedding.weight"),
 )
 
 TABLE: Table = {
@@ -25,12 +44,21 @@ TABLE: Table = {
     model.CLIP: (
         Tower("image", "visual"),
         Tower("text", "transformer"),
-        Weight("embed.tokens", "token_embedding.weight"),
+        Tokens(_text, POOLED),
+        *TEXT,
     ),
     model.CustomTextCLIP: (Tower("image", "visual"), Tower("text", "text")),
-    transformer.VisionTransformer: (Weight("embed", "conv1.weight"), Weight("projection", "proj")),
+    transformer.VisionTransformer: (
+        Tokens(_image),
+        # before the norm that comes first, as the official prompt learners do
+        Span("tokens", "ln_pre", "transformer.resblocks.-1", width="ln_post"),
+        Span("features", "transformer.resblocks.0", "transformer.resblocks.-1", BLOCKS, "ln_post"),
+        Weight("embed", "conv1.weight"),
+        Weight("projection", "proj"),
+    ),
     transformer.TextTransformer: (
-        Weight("embed.tokens", "token_embedding.weight"),
+        Tokens(_text, POOLED),
+        *TEXT,
         Weight("projection", "text_projection"),
         Weight("projection", "text_projection.weight"),
     ),

@@ -10,7 +10,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import beit, convnext, deit, eva, resnet, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import nn
 
-from vismodal.site import NORMS, Range, Span, Table, Weight
+from vismodal.site import NORMS, Layout, Range, Span, Table, Tokens, Weight
 
 NAME = "timm"
 MODELS = "ViT (class, register, distillation tokens), DINOv2, BEiT, EVA, EVA02, Swin, SwinV2, ConvNeXt, ResNet"
@@ -48,10 +48,30 @@ def _gate(glu: nn.Module) -> Range:
 
 
 BLOCK = (
-    Span("block"),
-    Span("attn", "norm1", "drop_path1"),
-    Span("mlp", "norm2", "drop_path2"),
+    Span("block", width="norm1"),
+    Span("attn", "norm1", "drop_path1", {"normed": "norm1"}, "norm1"),
+    Span("mlp", "norm2", "drop_path2", {"normed": "norm2"}, "norm2"),
 )
+ALL_BLOCKS = (
+    Span("tokens", "blocks.0", "blocks.-1", width="blocks.0.norm1"),
+    Span("features", "blocks.0", "norm", {"block": "blocks.*"}, "blocks.0.norm1"),
+)
+KEYS = (Span("keys", taps={"qkv": "qkv"}, width="proj"),)
+
+
+def _layout(model: Any) -> Layout:
+    """Class, distillation and register tokens, then the grid; none where pictures of any size are taken."""
+    grid = None if model.dynamic_img_size else tuple(model.patch_embed.grid_size)
+    return Layout(model.num_prefix_tokens, grid)
+
+
+def _beit_layout(model: Any) -> Layout:
+    return Layout(model.num_prefix_tokens, tuple(model.patch_embed.grid_size))
+
+
+RELATIVE = "its relative position bias is made for a fixed number of tokens"
+WINDOWS = "its tokens are rows and columns that are cut into windows"
+ROTARY = "its rotary positions are given to every token after the class and register tokens"
 MLP = (Weight("mlp.up", "fc1.weight"), Weight("mlp.down", "fc2.weight"))
 HEAD = (Weight("head", "head.weight"), Weight("head", "head.bias"))
 DISTILLED = (Weight("head", "head_dist.weight"), Weight("head", "head_dist.bias"))
@@ -71,7 +91,7 @@ STEM = tuple(Weight("embed", f"conv1.{i}.weight") for i in (0, 3, 6))  # three c
 FC = (Weight("head", "fc.weight"), Weight("head", "fc.bias"))
 
 TABLE: Table = {
-    Attention: fused(),
+    Attention: fused() + KEYS,
     AttentionRope: fused(),
     beit.Attention: fused(reader=""),
     eva.EvaAttention: fused(reader=""),
@@ -98,16 +118,18 @@ TABLE: Table = {
     eva.EvaBlockPostNorm: BLOCK,
     swin_transformer.SwinTransformerBlock: BLOCK,
     swin_transformer_v2.SwinTransformerV2Block: BLOCK,
-    vision_transformer.VisionTransformer: HEAD,
-    deit.VisionTransformerDistilled: HEAD + DISTILLED,
-    beit.Beit: HEAD,
-    eva.Eva: HEAD,
+    vision_transformer.VisionTransformer: (Tokens(_layout), *ALL_BLOCKS, *HEAD),
+    deit.VisionTransformerDistilled: (Tokens(_layout), *ALL_BLOCKS, *HEAD, *DISTILLED),
+    beit.Beit: (Tokens(_beit_layout, RELATIVE), *ALL_BLOCKS, *HEAD),
+    eva.Eva: (Tokens(_beit_layout, ROTARY), *ALL_BLOCKS, *HEAD),
+    swin_transformer.SwinTransformer: (Tokens(lambda m: Layout(), WINDOWS),),
+    swin_transformer_v2.SwinTransformerV2: (Tokens(lambda m: Layout(), WINDOWS),),
     ClassifierHead: FC,
     NormMlpClassifierHead: FC,
-    convnext.ConvNeXtBlock: (Span("block"), Weight("conv", "conv_dw.weight")),
+    convnext.ConvNeXtBlock: (Span("block", width="norm", channels=1), Weight("conv", "conv_dw.weight")),
     convnext.ConvNeXtStage: (Weight("conv", "downsample.1.weight"),),
     convnext.ConvNeXt: (Weight("embed", "stem.0.weight"),),
-    resnet.BasicBlock: (Span("block"), *CONVS),
-    resnet.Bottleneck: (Span("block"), *CONVS),
+    resnet.BasicBlock: (Span("block", width="bn2", channels=1), *CONVS),
+    resnet.Bottleneck: (Span("block", width="bn3", channels=1), *CONVS),
     resnet.ResNet: (Weight("embed", "conv1.weight"), *STEM, *FC),
 }

@@ -1,26 +1,60 @@
 """transformers: ViT, DINOv2, CLIP and SigLIP, and the CLIP text towers with and without projection."""
 
+from collections.abc import Callable
+from typing import Any
+
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
 
-from vismodal.site import Span, Table, Tower, Weight
+from vismodal.site import Entry, Layout, Span, Table, Tokens, Tower, Weight
 
 NAME = "transformers"
 MODELS = "ViT, DINOv2, CLIP, SigLIP, CLIP text towers"
 
 
-def attention(out: str) -> tuple[Weight, ...]:
+def attention(out: str) -> tuple[Entry, ...]:
     qkv = tuple(Weight(f"attn.{x}", f"{x}_proj.weight") for x in "qkv")
-    return (*qkv, Weight("attn.out", f"{out}.weight"))
+    keys = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
+    return (*qkv, Weight("attn.out", f"{out}.weight"), Span("keys", taps=keys, width=out))
+
+
+def _layout(prefix: int) -> Callable[[Any], Layout]:
+    """The layout of a model with a config, whose pictures are square."""
+
+    def layout(model: Any) -> Layout:
+        side = model.config.image_size // model.config.patch_size
+        return Layout(prefix, (side, side))
+
+    return layout
+
+
+def blocks(layers: str, norm: str, first: str = "", last: str = "") -> tuple[Span, ...]:
+    """The spans over all blocks; `first` is where tokens are joined, `last` where the features end."""
+    return (
+        Span("tokens", first or f"{layers}.0", f"{layers}.-1", width=norm),
+        Span("features", f"{layers}.0", last or f"{layers}.-1", {"block": f"{layers}.*"}, norm),
+    )
+
+
+POOLED = "its mask and the place of the token that it is pooled at are made for a fixed number of tokens"
+TEXT = (
+    Tokens(lambda m: Layout(1), POOLED),
+    Span("text.tokens", "embeddings.token_embedding", "embeddings.token_embedding", width="embeddings.token_embedding"),
+    Span("features", "encoder.layers.0", "encoder.layers.-1", {"block": "encoder.layers.*"}, "final_layer_norm"),
+)
 
 
 MLP = (Weight("mlp.up", "fc1.weight"), Weight("mlp.down", "fc2.weight"))
 CLASSIFIER = (Weight("head", "classifier.weight"), Weight("head", "classifier.bias"))
 TOWERS = (Tower("image", "vision_model"), Tower("text", "text_model"))
 PROJECTIONS = (Weight("projection", "visual_projection.weight"), Weight("projection", "text_projection.weight"))
-ENCODER_LAYER = (Span("block"), Span("attn", "layer_norm1", "self_attn"), Span("mlp", "layer_norm2", "mlp"))
+ENCODER_LAYER = (
+    Span("block", width="layer_norm1"),
+    Span("attn", "layer_norm1", "self_attn", {"normed": "layer_norm1"}, "layer_norm1"),
+    Span("mlp", "layer_norm2", "mlp", {"normed": "layer_norm2"}, "layer_norm2"),
+)
 PATCHES = (Weight("embed", "patch_embedding.weight"),)
 TOKENS = (Weight("embed.tokens", "token_embedding.weight"),)
 
@@ -38,8 +72,23 @@ TABLE: Table = {
         Weight("mlp.up", "up_proj.weight"),
         Weight("mlp.down", "down_proj.weight"),
     ),
-    vit.ViTLayer: (Span("block"), Span("attn", "layernorm_before", "attention"), Span("mlp", "layernorm_after", "mlp")),
-    dinov2.Dinov2Layer: (Span("block"), Span("attn", "norm1", "layer_scale1"), Span("mlp", "norm2", "layer_scale2")),
+    vit.ViTLayer: (
+        Span("block", width="layernorm_before"),
+        Span("attn", "layernorm_before", "attention", {"normed": "layernorm_before"}, "layernorm_before"),
+        Span("mlp", "layernorm_after", "mlp", {"normed": "layernorm_after"}, "layernorm_after"),
+    ),
+    dinov2.Dinov2Layer: (
+        Span("block", width="norm1"),
+        Span("attn", "norm1", "layer_scale1", {"normed": "norm1"}, "norm1"),
+        Span("mlp", "norm2", "layer_scale2", {"normed": "norm2"}, "norm2"),
+    ),
+    vit.ViTModel: (Tokens(_layout(1)), *blocks("layers", "layernorm", last="layernorm")),
+    dinov2.Dinov2Model: (Tokens(_layout(1)), *blocks("encoder.layer", "layernorm", last="layernorm")),
+    # before the norm that comes first, as the official prompt learners do
+    clip.CLIPVisionModel: (Tokens(_layout(1)), *blocks("encoder.layers", "post_layernorm", "pre_layrnorm")),
+    siglip.SiglipVisionModel: (Tokens(_layout(0)), *blocks("encoder.layers", "post_layernorm")),
+    clip.CLIPTextModel: TEXT,
+    siglip.SiglipTextModel: (*TEXT, Weight("projection", "head.weight")),
     clip.CLIPEncoderLayer: ENCODER_LAYER,
     siglip.SiglipEncoderLayer: ENCODER_LAYER,
     vit.ViTPatchEmbeddings: (Weight("embed", "projection.weight"),),
@@ -56,5 +105,4 @@ TABLE: Table = {
     clip.CLIPTextModelWithProjection: PROJECTIONS,
     clip.CLIPVisionModelWithProjection: PROJECTIONS,
     siglip.SiglipModel: TOWERS,
-    siglip.SiglipTextModel: (Weight("projection", "head.weight"),),
 }

@@ -39,7 +39,12 @@ class WeightModule(nn.Module):
 
 
 class SpanModule(nn.Module):
-    """Acts on the stream of tokens or features of a span; `context` lasts from an enter to its exit."""
+    """Acts on the stream of tokens or features of a span.
+
+    `context` lasts from an enter to its exit. It is the only place for what is kept in between: under gradient
+    checkpointing a tap or an enter may run again with the same context, and must then do the same again, so nothing is
+    accumulated in it. The key "extra" holds how many tokens other modules have joined to the stream before.
+    """
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
         """The stream where the span begins -> what the model goes on with."""
@@ -52,6 +57,11 @@ class SpanModule(nn.Module):
     def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
         """The output of the tapped module `name`, in between."""
         return y
+
+
+def share(module: nn.Module, shared: nn.Module) -> None:
+    """Lets `module` use `shared` as `module.shared`, which is not saved with it: the adapter holds it once."""
+    module.__dict__["shared"] = shared
 
 
 class Built(NamedTuple):
@@ -79,6 +89,7 @@ class Method:
     paper: ClassVar[str]
     mergeable: ClassVar[bool]
     interpolates: ClassVar[bool] = True  # whether scales between 0 and 1 mean something
+    starts_at_base: ClassVar[bool] = True  # whether the output is the base's until something is learnt
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -107,3 +118,14 @@ class Method:
     def fits(cls, site: Site) -> bool:
         """Whether this method can attach to the site at all: what globs take, and what `vm.sites` shows."""
         return True
+
+    def loss(self, modules: Sequence[nn.Module]) -> Tensor | None:
+        """A term that training adds to the task's loss, from the modules that `build` made; None without one."""
+        return None
+
+    def step(self, modules: Sequence[nn.Module], step: int, steps: int) -> None:
+        """Called after update `step` of `steps` (1 is the first), while the gradients of that update are there."""
+
+    def rate(self, tensor: str) -> float:
+        """A factor on the learning rate of a tensor, by its name in the module ("B")."""
+        return 1.0

@@ -1,0 +1,180 @@
+"""Attaching methods to a model, and choosing which adapters act.
+
+    a = adapt(model, LoRA(rank=8), name="pets")
+
+The base is frozen and stays as it is: same classes, same keys, same values. Adapter modules live in a `Bank` on the
+model, visible to `parameters()`, `.to()` and `train()`, absent from `state_dict()` and from `apply()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from vismodal.adapter import Adapter
+from vismodal.bank import Bank, attach, bank_of, detach
+from vismodal.discover import discover, select
+from vismodal.errors import InputError
+from vismodal.families import table as family_table
+from vismodal.fingerprint import BANK
+from vismodal.methods import METHODS, Method
+from vismodal.ports import is_ported
+from vismodal.site import Site, Sites, Table
+
+Models = nn.Module | Mapping[str, nn.Module]
+
+
+def sites(model: nn.Module, sites: Table | None = None) -> Sites:
+    """What the model offers: a list of bound sites that prints as a table.
+
+    `sites` adds rows for classes that no family knows: `{MyBlock: (Weight("attn.q", "query.weight"), ...)}`.
+    """
+    found = discover(model, family_table(model, sites))
+    return Sites(found, lambda site: ", ".join(m.__name__ for m in METHODS if m.fits(site)))
+
+
+def adapt(
+    model: Models,
+    method: Method | Sequence[Method],
+    name: str = "default",
+    *,
+    sites: Table | None = None,
+    seed: int | None = None,
+) -> Adapter:
+    """Freeze the model and attach one method, or a list of them, as one trainable adapter.
+
+    Args:
+        model: a module, or several by prefix: {"unet": unet, "text_encoder": text_encoder}.
+        method: e.g. `LoRA(rank=8)`, or `[LoRA(), Tune(sites=("head",))]`.
+        name: the adapter's name on the model.
+        sites: table rows for module classes that no family knows.
+        seed: draws the initial values from this seed alone; None draws from torch's global generator.
+
+    Raises `InputError` where a kind, glob or shape does not fit, or the model is wrapped. Nothing is changed then.
+    """
+    models = _models(model)
+    _check_disjoint(models)
+    for m in models.values():
+        _check(m, name)
+    methods = _slots([method] if isinstance(method, Method) else method)
+    found = {prefix: discover(m, family_table(m, sites), prefix) for prefix, m in models.items()}
+    built: list[tuple[str, Site, nn.Module]] = []
+    shared: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for slot, each in methods.items():
+            chosen = select([s for f in found.values() for s in f], each.sites, each.where, each.layers, each.fits)
+            modules, common = each.build(chosen)
+            built += [(slot, s, m) for s, m in zip(chosen, modules, strict=True)]
+            if common is not None:
+                shared[f"{slot}/shared"] = common
+    try:
+        for prefix, m in models.items():
+            if BANK not in m._modules:
+                m.add_module(BANK, Bank(m, _heads(found[prefix], prefix)))
+            mine = set(found[prefix])
+            parts = [b for b in built if b[1] in mine]
+            attach(bank_of(m), name, prefix, methods, parts, shared if m is next(iter(models.values())) else {})
+        for m in models.values():
+            bank_of(m).use((*bank_of(m).active, name))
+    except BaseException:  # an interrupt too leaves nothing behind
+        for m in models.values():
+            detach(m, name, keep=False)
+        raise
+    return Adapter(models, name)
+
+
+def use(model: Models, *names: str) -> None:
+    """Which adapters act, in this order; none of them gives the base. `use(model, "pets", "style")`.
+
+    Of several models, each uses those that it has. Raises `InputError` for a name that none has, or one given twice.
+    """
+    models = _models(model).values()
+    there = {n for m in models if BANK in m._modules for n in bank_of(m).attached}
+    for name in names:
+        if name not in there:
+            raise InputError(f"no adapter {name!r} on this model, which has {', '.join(sorted(there)) or 'none'}")
+        if names.count(name) > 1:
+            raise InputError(f"adapter {name!r} is named twice")
+    for m in models:
+        if BANK in m._modules:
+            bank_of(m).use([n for n in names if n in bank_of(m).attached])
+
+
+def attached(model: Models) -> dict[str, Adapter]:
+    """The adapters on a model by name, also on a copied or unpickled one."""
+    adapters: dict[str, dict[str, nn.Module]] = {}
+    for m in _models(model).values():
+        for name, part in (bank_of(m).attached if BANK in m._modules else {}).items():
+            adapters.setdefault(name, {})[part.prefix] = m
+    return {name: Adapter(models, name) for name, models in adapters.items()}
+
+
+def _models(model: Models) -> dict[str, nn.Module]:
+    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    for m in models.values():
+        if not isinstance(m, nn.Module):
+            parts = [n for n in ("unet", "transformer", "text_encoder") if isinstance(getattr(m, n, None), nn.Module)]
+            hint = ", ".join(f'"{n}": pipe.{n}' for n in parts)
+            raise InputError(f"a {type(m).__name__} is no module" + (f"; write {{{hint}}}" if hint else ""))
+        if type(m).__name__ in WRAPPERS or m._compiled_call_impl is not None:
+            inner = WRAPPERS.get(type(m).__name__)
+            where = f"it holds the model at .{inner}" if inner else "it was compiled in place"
+            raise InputError(
+                f"this is a {type(m).__name__}: use the plain model, and adapt it before wrapping; {where}"
+            )
+    return models
+
+
+# -- attaching ----------------------------------------------------------------------------------------------------
+
+
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+
+
+def _slots(methods: object) -> dict[str, Method]:
+    slots: dict[str, Method] = {}
+    for method in methods if isinstance(methods, Iterable) else (methods,):
+        if not isinstance(method, Method):
+            raise InputError(f"{method!r} is no method; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
+        slot = name = type(method).__name__.lower()
+        while slot in slots:
+            slot = f"{name}_{int(slot[len(name) + 1 :] or 0) + 1}"
+        slots[slot] = method
+    if not slots:
+        raise InputError("no method given; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
+    return slots
+
+
+def _check_disjoint(models: Mapping[str, nn.Module]) -> None:
+    owner: dict[int, str] = {}
+    for prefix, m in models.items():
+        for p in m.parameters():
+            if owner.setdefault(id(p), prefix) != prefix:
+                raise InputError(f"models {owner[id(p)]!r} and {prefix!r} share parameters; give each of them once")
+
+
+def _check(model: nn.Module, name: str) -> None:
+    if any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise InputError("the model is offloaded by accelerate; call adapt before any offloading or dispatching")
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        raise InputError("the parameters are sharded (DTensor); call adapt before fully_shard")
+    if BANK not in model._modules and any(is_ported(m) for m in model.modules()):
+        raise InputError(
+            "a part of this model, or a whole that it is part of, is adapted; adapt that one, or detach it"
+        )
+    if not name or any(c in name for c in "./"):
+        raise InputError(f"{name!r} cannot name an adapter: write a name without dots or slashes")
+    if BANK in model._modules and name in bank_of(model).attached:
+        raise InputError(f"the model has an adapter {name!r} already; choose another name, or detach that one first")
+
+
+def _heads(sites: Iterable[Site], prefix: str) -> frozenset[str]:
+    """Names of the parameters of classification heads, which differ from task to task."""
+    heads = [s for s in sites if s.kind == "head"]
+    paths = [s.path.removeprefix(prefix).strip(".") for s in heads]
+    names = [s.places[0].weight if s.slot == "weight" else s.places[0].bias for s in heads]
+    return frozenset(f"{path}.{name}".strip(".") for path, name in zip(paths, names, strict=True))
