@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vismodal as vm
 from vismodal.methods.base import Method
+from vismodal.methods.repadapter import has_bias
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ def offered(model: nn.Module, kinds: tuple[str, ...]) -> tuple[str, ...]:
 LORA_KINDS = ("attn.q", "attn.k", "attn.v", "attn.out", "xattn.q", "xattn.k", "xattn.v", "xattn.out")
 LORA_KINDS += ("mlp.up", "mlp.gate", "mlp.down", "conv", "time", "embed", "embed.tokens", "projection")
 LORA_KINDS += ("proj.in", "proj.out")
+FACT_KINDS = tuple(kind for kind in LORA_KINDS if "embed" not in kind)
 
 
 def lora(model: nn.Module, **options: object) -> vm.LoRA:
@@ -215,10 +217,51 @@ class Trial:
     idle: tuple[str, ...] = ()
 
 
+# by glob on their names: those built of blocks with attention and MLP, and of these, those that know their grid
+TRANSFORMERS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin*", "open_clip*", "transformers*", "diffusers*")
+GRIDS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin_*", "open_clip*", "*ViT", "*Dinov2*", "*-CLIP", "*SigLIP")
+
+
+# those that take tokens of their own
+TOKENS = ("timm-vit*", "timm-deit*", "timm-swin_*", "open_clip*", "*ViT", "*Dinov2", "*-CLIP", "*SigLIP", "diffusers*")
+SERIES = tuple(glob for glob in TOKENS if "swin" not in glob and "diffusers" not in glob)
+
+
+def prefix(model: nn.Module) -> vm.Prefix:
+    kinds = tuple(dict.fromkeys(s.kind for s in vm.sites(model) if vm.Prefix.fits(s)))
+    return vm.Prefix(sites=kinds, tokens=2, std=0.5, where=image_tower(model))
+
+
+def image_tower(model: nn.Module) -> str:
+    """A glob on the modules of the image tower, where there are two."""
+    return "*vis*" if any(s.tower == "text" for s in vm.sites(model)) else "*"
+
+
+def repadapter(model: nn.Module) -> vm.RepAdapter:
+    """On everything that reads a norm, without biases where a layer has none."""
+    sites = [s for s in vm.sites(model) if vm.RepAdapter.fits(s) and not s.whole]
+    kinds = tuple(dict.fromkeys(s.kind for s in sites))
+    return vm.RepAdapter(sites=kinds, rank=4, bias=all(map(has_bias, sites)))
+
+
 # one line a method
 METHODS: dict[str, Trial] = {
     "LoRA": Trial(lora),
     "Tune": Trial(tune),
+    "AdaptFormer": Trial(lambda m: vm.AdaptFormer(sites=("*attn", "mlp"), rank=4), TRANSFORMERS),
+    "Houlsby": Trial(lambda m: vm.Houlsby(sites=("*attn", "mlp"), rank=4, std=0.1), TRANSFORMERS),
+    "Pfeiffer": Trial(lambda m: vm.Pfeiffer(sites=("*attn", "mlp"), rank=4), TRANSFORMERS),
+    "AdapterPlus": Trial(lambda m: vm.AdapterPlus(rank=4)),
+    "Convpass": Trial(lambda m: vm.Convpass(rank=4, where=image_tower(m)), GRIDS),
+    "RepAdapter": Trial(repadapter, TRANSFORMERS),
+    "VPT": Trial(lambda m: vm.VPT(tokens=2, where=image_tower(m)), TOKENS),
+    "VPTshallow": Trial(lambda m: vm.VPT(sites=("tokens",), tokens=2), SERIES),
+    "Prefix": Trial(prefix, TOKENS),
+    "LoHa": Trial(lambda m: vm.LoHa(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
+    "LoKr": Trial(lambda m: vm.LoKr(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
+    "FacT": Trial(lambda m: vm.FacT(sites=offered(m, FACT_KINDS), rank=2, tucker=True)),
+    "OFT": Trial(lambda m: vm.OFT(sites=offered(m, LORA_KINDS), block_size=8)),
+    "BOFT": Trial(lambda m: vm.BOFT(sites=offered(m, FACT_KINDS), block_size=4, side="out", rescale=True)),
 }
 
 # LoRA and Tune, one of each port, go over every model; the other methods over those that differ in kind

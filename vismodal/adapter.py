@@ -230,6 +230,14 @@ def _count(module: nn.Module) -> int:
 
 
 def _has_gradient(module: nn.Module) -> bool:
-    """Whether a tensor of its own got a gradient; one that has none is no worse for that."""
+    """Whether a tensor of its own got a gradient; one that has none is no worse for that.
+
+    One of zeros counts where what the module shares got another (FacT's cores have none at step 1: V = 0)."""
     own = list(module.parameters())
-    return not own or any(p.grad is not None and bool(p.grad.any()) for p in own)
+    common = module.__dict__["shared"].parameters() if "shared" in module.__dict__ else ()
+    grads = [p.grad for p in own if p.grad is not None]
+    return not own or any(bool(g.any()) for g in grads) or (bool(grads) and any(_flows(p) for p in common))
+
+
+def _flows(p: nn.Parameter) -> bool:
+    return p.grad is not None and bool(p.grad.any())

@@ -51,13 +51,21 @@ def discover(model: nn.Module, table: Table, prefix: str = "") -> list[Site]:
                 tower = (site.span and site.span.tower) or step.tower
                 site = replace(site, tower=tower, index=step.block, depth=depth[tower], order=len(found))
                 if step.tokens is not None:
-                    site = replace(site, layout=step.tokens[0], fixed=step.tokens[1])
+                    has_room = site.span is not None and "enter" in site.span.room
+                    site = replace(site, layout=step.tokens[0], fixed="" if has_room else step.tokens[1])
                 if site.identity in found:  # the outermost declaration stands
                     continue
                 if (site.kind, site.key) in keys:  # two ranges of one parameter under one kind
                     site = replace(site, key=f"{site.key}[{site.range[0]}:{site.range[1]}]" if site.range else site.key)
                 found[site.identity] = keys[site.kind, site.key] = site
-    return list(found.values())
+    sites = list(found.values())
+    return [replace(s, within=_within(s, sites)) if s.span is not None and s.index is None else s for s in sites]
+
+
+def _within(span: Site, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites in the blocks of the span's tower, below the module that declares the span."""
+    inside = f"{span.path}." if span.path else ""
+    return tuple(s for s in sites if s.index is not None and s.tower == span.tower and s.path.startswith(inside))
 
 
 class _Step(NamedTuple):
@@ -138,7 +146,8 @@ def _bind(entry: Entry, module: nn.Module, path: str, holders: Mapping[int, list
         return
     held = holders[id(param)]
     first, (weight, bias, slot) = held[0], _pair(held[0].name)
-    places = tuple(Place(h.owner, *_pair(h.name)[:2], h.reader) for h in held)
+    pieces = entry.bias if all(getattr(module, piece, None) is not None for piece in entry.bias) else ()
+    places = tuple(Place(h.owner, *_pair(h.name)[:2], h.reader, pieces) for h in held)
     range_ = _resolve(entry.part, module, param.shape[entry.axis])
     key = _key(first.path, first.name) + (f":{entry.kind.rpartition('.')[2]}" if range_ else "")
     target = f"{first.path}/{weight}"
@@ -147,6 +156,12 @@ def _bind(entry: Entry, module: nn.Module, path: str, holders: Mapping[int, list
         yield Site("bias", key, target, places, "bias")
     if slot == "weight" and entry.kind != "head" and bias and first.owner._parameters.get(bias) is not None:
         yield Site("bias", _key(first.path, bias), target, places, "bias")
+    start = 0
+    for piece in pieces:  # those that are no parameters are fixed at zero
+        stop = start + len(getattr(module, piece))
+        if piece in module._parameters:
+            yield Site("bias", f"{path}.{piece}".strip("."), target, places, "bias", (start, stop))
+        start = stop
 
 
 def _blocked(entry: Weight, owner: nn.Module, name: str, path: str) -> Iterator[Site]:
@@ -163,16 +178,27 @@ def _bind_span(entry: Span, module: nn.Module, path: str) -> Iterator[Site]:
         "exit": _submodule(module, entry.exit),
     }
     for name, sub in entry.taps.items():
-        parent = _submodule(module, sub.removesuffix(".*"))
-        if sub.endswith(".*") and parent is not None:
-            modules |= {f"{name}.{i}": child for i, child in enumerate(parent._modules.values())}
-        else:
-            modules[name] = parent
+        modules |= _each(module, name, sub)
     found = {name: m for name, m in modules.items() if m is not None}
     if len(found) == len(modules) and (entry.when is None or entry.when(module)):
         width = _width(_submodule(module, entry.width)) if entry.width is not None else 0
-        key, target = f"{path}:{entry.kind}", f"{path}/{entry.kind}"
-        yield Site(entry.kind, key, target, (), "span", span=entry, modules=found, width=width)
+        widths = {n: _width(m) for name, sub in entry.widths.items() for n, m in _each(module, name, sub).items()}
+        name = ".".join(filter(None, (entry.kind, entry.name)))
+        device = next((p.device for p in module.parameters()), None)
+        yield Site(
+            entry.kind, f"{path}:{name}", f"{path}/{name}", (), "span",
+            span=entry, modules=found, width=width, widths=widths, device=device,
+        )  # fmt: skip
+
+
+def _each(module: nn.Module, name: str, path: str) -> dict[str, nn.Module | None]:
+    """The module at a path under its name; of a path with a star one for every child there: "blocks.0", "blocks.1"."""
+    head, star, tail = path.partition("*")
+    parent = _submodule(module, head.strip("."))
+    if not star or parent is None:
+        return {name: parent}
+    children = [child for child in parent._modules.values() if child is not None]
+    return {f"{name}.{i}": _submodule(child, tail.strip(".")) for i, child in enumerate(children)}
 
 
 def _width(module: nn.Module | None) -> int:
@@ -186,12 +212,19 @@ def _width(module: nn.Module | None) -> int:
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     for name in filter(None, path.split(".")):
-        last = next(reversed(module._modules), "") if name == "-1" else name
-        child = module._modules.get(last)
+        child = _child(module, name)
         if child is None:
             return None
         module = child
     return module
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    """A child by its name, or by its place from the end: "-1" is the last."""
+    if name.startswith("-"):
+        names = list(module._modules)
+        name = names[int(name)] if len(names) >= -int(name) else ""
+    return module._modules.get(name)
 
 
 def _pair(name: str) -> tuple[str, str | None, str]:
@@ -257,6 +290,9 @@ def select(
 
 def _of_kind(kind: str, sites: Sequence[Site], fits: Callable[[Site], bool]) -> list[Site]:
     exact = [s for s in sites if s.kind == kind]
+    # norms and heads name their bias too, which a method on weights has no module of its own for
+    weights = {s.target for s in exact if s.slot == "weight" and not s.blocked and fits(s)}
+    exact = [s for s in exact if s.slot != "bias" or s.target not in weights or fits(s)]
     matches = exact or [s for s in sites if not s.whole and fnmatchcase(s.kind, kind) and (s.blocked or fits(s))]
     if not matches:
         raise InputError(_no_kind(kind, sites))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vismodal.errors import InputError
-from vismodal.methods.base import SpanModule
+from vismodal.methods.base import SpanModule, WeightModule
 from vismodal.recompute import Recompute, State, recomputing
 from vismodal.site import Place, Range, Site
 from vismodal.weights import Entry, Group, compute, region, rows
@@ -86,7 +86,7 @@ class WeightPort(Port):
     def __init__(self, site: Site):
         super().__init__()
         self.places = site.places
-        self.shadows: dict[int, list[str]] = {}  # by place: the names that stand in its owner's __dict__ just now
+        self.shadows: dict[int, list[tuple[nn.Module, str]]] = {}  # by place: names that stand in a __dict__ just now
         self.thread = 0  # that put them there
         self.baked: State = ()
         self.pristine: list[tuple[str, int, Range | None, Tensor]] = []  # copies of the rows that merging replaced
@@ -109,8 +109,10 @@ class WeightPort(Port):
             yield place.reader.register_forward_hook(self._leave, prepend=True, always_call=True)
 
     def _is_fast(self, place: Place) -> bool:
-        modules = [e.module for e in self.entries]
-        return place.reader is place.owner and all(m.can_update(place.owner) for m in modules)  # type: ignore[operator]
+        modules = [cast(WeightModule, e.module) for e in self.entries]
+        alone = len({(e.adapter, e.key.partition("/")[0]) for e in self.entries}) == 1
+        fast = all(m.can_update(place.owner) and (alone or not m.reads_weight) for m in modules)
+        return place.reader is place.owner and fast
 
     def set(self, active: State, merged: State) -> None:
         self._drop_all()
@@ -148,13 +150,18 @@ class WeightPort(Port):
     def _shadow(self, i: int, place: Place) -> None:
         if not torch.compiler.is_compiling():
             self.thread = threading.get_ident()
-        W, b = _get(place, place.weight), _get(place, place.bias)
+        W, b = place.get("weight"), place.get("bias")
         self._mark(W if W is not None else b)  # type: ignore[arg-type]
         W2, b2 = compute(W, b, self.live)
-        for name, old, new in ((place.weight, W, W2), (place.bias, b, b2)):
-            if name is not None and new is not old:
-                place.owner.__dict__[name] = new
-                self.shadows.setdefault(i, []).append(name)
+        for slot, old, new in (("weight", W, W2), ("bias", b, b2)):
+            if new is None or new is old:
+                continue
+            shadows = place.split(slot, new)
+            if not shadows:
+                raise RuntimeError(f"{self.entries[0].key}: {type(place.owner).__name__} takes no {slot} to shadow")
+            for module, name, value in shadows:
+                module.__dict__[name] = value
+                self.shadows.setdefault(i, []).append((module, name))
 
     def _leave(self, reader: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         if self.shadows and self._is_mine():  # called too where another thread was refused in _enter
@@ -163,8 +170,8 @@ class WeightPort(Port):
                     self._drop(i)
 
     def _drop(self, i: int) -> None:
-        for name in self.shadows.pop(i, ()):
-            self.places[i].owner.__dict__.pop(name, None)
+        for module, name in self.shadows.pop(i, ()):
+            module.__dict__.pop(name, None)
         if not self.shadows:
             self.thread = 0
 
@@ -187,16 +194,17 @@ class WeightPort(Port):
 
     def _restore(self) -> None:
         """Put the pristine rows back."""
-        W, b = (_get(self.places[0], name) for name in (self.places[0].weight, self.places[0].bias))
         with torch.no_grad():
             for slot, axis, range_, copy in self.pristine:
-                rows(W if slot == "weight" else b, axis, range_).copy_(copy)
+                whole = cast(Tensor, self.places[0].get(slot))
+                rows(whole, axis, range_).copy_(copy)
+                _write(self.places[0], slot, whole)
         self._forget()
 
     def _bake(self, merged: State) -> None:
         """Write W' of the merged adapters into the pristine parameters; nothing is written unless all of it can be."""
         place = self.places[0]
-        W, b = _get(place, place.weight), _get(place, place.bias)
+        W, b = place.get("weight"), place.get("bias")
         groups = list(self._groups(merged))
         entries = [e for g in groups for e in g.entries]
         if not _is_plain(place):
@@ -205,8 +213,8 @@ class WeightPort(Port):
         with torch.no_grad(), _deterministic(e.module for e in entries):
             W2, b2 = compute(W, b, groups)
             changed = [(slot, old, new) for slot, old, new in (("weight", W, W2), ("bias", b, b2)) if new is not old]
-            for slot, old, _ in changed:
-                if old is None:
+            for slot, _, new in changed:
+                if not _can_write(place, slot, cast(Tensor, new)):
                     raise RuntimeError(f"{entries[0].key}: cannot merge, the layer has no {slot}; keep it live")
             self.pristine = [
                 (slot, axis, range_, rows(old.detach(), axis, range_).clone())
@@ -216,8 +224,8 @@ class WeightPort(Port):
             ]
             self.baked = merged  # from here on there is something to restore, also after an interrupt
             self.guard = place.owner.register_load_state_dict_pre_hook(self._refuse_load)
-            for _, old, new in changed:
-                old.copy_(new)  # type: ignore[union-attr, arg-type]
+            for slot, _, new in changed:
+                _write(place, slot, cast(Tensor, new))
 
     def _refuse_load(self, *_: Any) -> None:
         names = ", ".join(name for name, _ in self.baked)
@@ -235,6 +243,7 @@ class WeightPort(Port):
 
 
 Opened = list[tuple[Group, SpanModule, dict[str, Any]]]  # modules in order, each with its context
+_NOTHING = ...  # what stands for an attribute that a module's __dict__ did not hold
 
 
 class Stream:
@@ -243,6 +252,7 @@ class Stream:
     def __init__(self) -> None:
         self.joined: dict[str, dict[str, int]] = {}  # by tower, by port
         self.closed: dict[str, dict[str, int]] = {}  # of spans over several blocks: what they had joined
+        self.aside = False  # while a module of the model runs on a span's own tensors, and every span lets them pass
 
     def count(self, tower: str, again: bool) -> int:
         """Tokens joined where the tower stands; `again` while blocks are recomputed after the forward has ended."""
@@ -266,6 +276,8 @@ class SpanPort(Port):
         self.tower, self.key = site.tower, site.target
         self.over_blocks = site.index is None
         self.stream = stream
+        self.room = site.span.room if site.span else {}
+        self.stood: dict[str, dict[str, Any]] = {}  # by module: what its __dict__ held before other values stood in
         self.open: Opened | None = None
         self.left: Opened | None = None  # what the last forward had open, of a span over several blocks
 
@@ -280,18 +292,30 @@ class SpanPort(Port):
         yield self.modules["enter"].register_forward_pre_hook(self._enter, with_kwargs=True)
         yield self.modules["exit"].register_forward_hook(self._exit, prepend=True)
         for name, module in self.modules.items():
-            if name not in ("enter", "exit"):
+            if name not in ("enter", "exit") and self._any("tap"):
                 # before the exit, which may be of the same module and is prepended as well
                 yield module.register_forward_hook(Tap(self, name), prepend=True)
+            if name not in ("enter", "exit") and self._any("feed"):
+                yield module.register_forward_pre_hook(Feed(self, name), with_kwargs=True)
+            if name in self.room or (name == "enter" and self._any("values")):
+                yield module.register_forward_hook(Leave(self, name), prepend=True, always_call=True)
+
+    def _any(self, method: str) -> bool:
+        """Whether a module here has such a method of its own."""
+        return any(getattr(type(e.module), method) is not getattr(SpanModule, method) for e in self.entries)
 
     def set(self, active: State, merged: State) -> None:
         super().set(active, merged)
         self.open = self.left = None
+        for name in list(self.stood):
+            self.step_back(name)
 
     def _opened(self) -> Opened | None:
         return self.left if self.over_blocks and recomputing() else self.open
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        if self.stream.aside:
+            return None
         self.recompute.check(self.state)
         again = recomputing()
         opened = self._opened() if again and self.over_blocks else None
@@ -305,13 +329,65 @@ class SpanPort(Port):
         self._mark(x)
         if opened is None:
             extra = self.stream.count(self.tower, again)
-            opened = [(g, cast(SpanModule, e.module), {"extra": extra}) for g in self.live for e in g.entries]
+            new = {"extra": extra, "aside": self.run_aside}
+            opened = [(g, cast(SpanModule, e.module), dict(new)) for g in self.live for e in g.entries]
             self.open = self.left = opened
         for _, span_module, context in opened:
             x = span_module.enter(x, context)
         if not again or not self.over_blocks:
             self._count(x, x0)
+        kwargs = self._make_room("enter", module, x, x0, kwargs)
+        for _, span_module, context in opened:
+            self._stand("enter", module, span_module.values(module, context))
         return (args, {**kwargs, name: x}) if name is not None else ((x, *args[1:]), kwargs)
+
+    def feed(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The input of the tapped module `name`, as the open modules leave it."""
+        opened = self._opened()
+        if opened is None or self.stream.aside:
+            return None
+        key = None if args else next(iter(kwargs))
+        x0 = x = kwargs[key] if key is not None else args[0]
+        for _, span_module, context in opened:
+            x = span_module.feed(name, x, context)
+        kwargs = self._make_room(name, module, x, x0, kwargs)
+        return (args, {**kwargs, key: x}) if key is not None else ((x, *args[1:]), kwargs)
+
+    def _make_room(
+        self, name: str, module: nn.Module, x: Tensor, x0: Tensor, kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Lets a module that runs next take more tokens; returns its keyword arguments."""
+        self.step_back(name)  # a KeyboardInterrupt skips always_call hooks
+        room = self.room.get(name)
+        if room is None or x.shape[1] == x0.shape[1]:
+            return kwargs
+        more = x.shape[1] - x0.shape[1]
+        self._stand(name, module, room.attributes(module, more))
+        masks = {key: kwargs[key] for key in room.masks if kwargs.get(key) is not None}
+        return {**kwargs, **{key: nn.functional.pad(mask, (0, more, 0, more)) for key, mask in masks.items()}}
+
+    def _stand(self, name: str, module: nn.Module, values: Mapping[str, Any]) -> None:
+        """Values stand in for attributes of a module, which are found in its __dict__ first."""
+        for key, value in values.items():
+            self.stood.setdefault(name, {}).setdefault(key, module.__dict__.get(key, _NOTHING))
+            module.__dict__[key] = value
+
+    def step_back(self, name: str) -> None:
+        """A module's own attributes again, where others stood in for them."""
+        held = self.modules[name].__dict__
+        for key, value in self.stood.pop(name, {}).items():
+            if value is _NOTHING:
+                held.pop(key, None)
+            else:
+                held[key] = value
+
+    def run_aside(self, name: str, x: Tensor) -> Tensor:
+        """A module of the span on other tensors than the stream, past every span."""
+        self.stream.aside = True
+        try:
+            return cast(Tensor, self.modules[name](x))
+        finally:
+            self.stream.aside = False
 
     def _count(self, x: Tensor, x0: Tensor) -> None:
         if x.dim() == x0.dim() == 3 and x.shape[1] != x0.shape[1]:
@@ -325,7 +401,7 @@ class SpanPort(Port):
 
     def _exit(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         opened = self._opened()
-        if opened is None:
+        if opened is None or self.stream.aside:
             return None
         if opened is self.open:
             self._close()
@@ -333,28 +409,54 @@ class SpanPort(Port):
 
     def _back(self, opened: Opened, y: Tensor) -> Tensor:
         for group, module, context in reversed(opened):
-            new = module.exit(y, context)
-            y = new if group.scale == 1 else torch.lerp(y, new, group.scale)
+            y = _between(y, module.exit(y, context), group.scale)
         return y
 
     def tap(self, name: str, out: Any) -> Any:
         """The output of the tapped module `name`, as the open modules leave it."""
         opened = self._opened()
-        if opened is None:
+        if opened is None or self.stream.aside:
             return None
-        for _, module, context in opened:
-            out = _on_stream(out, lambda y, m=module, c=context: m.tap(name, y, c))  # type: ignore[misc]
-        return out
+        return _on_stream(out, lambda y: self._through(name, opened, y))
+
+    def _through(self, name: str, opened: Opened, y: Tensor) -> Tensor:
+        for group, module, context in opened:
+            y = _between(y, module.tap(name, y, context), group.scale)
+        return y
 
 
-class Tap:
-    """A hook that knows the name under which its module is tapped."""
+def _between(old: Tensor, new: Tensor, scale: float) -> Tensor:
+    """What an adapter makes of a stream, at its scale; one that only reads it leaves it as it is."""
+    return new if scale == 1 or new is old else torch.lerp(old, new, scale)
+
+
+class Named:
+    """A hook that knows the name under which its port has the module."""
 
     def __init__(self, port: SpanPort, name: str):
         self.port, self.name = port, name
 
+
+class Tap(Named):
+    """After a tapped module."""
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         return self.port.tap(self.name, out)
+
+
+class Feed(Named):
+    """Before a tapped module."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.port.feed(self.name, module, args, kwargs)
+
+
+class Leave(Named):
+    """After a module for whose attributes others may stand in, also after an exception."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if not self.port.stream.aside:
+            self.port.step_back(self.name)
 
 
 def _on_stream(out: Any, act: Callable[[Tensor], Tensor]) -> Any:
@@ -372,18 +474,28 @@ def _same_device(entry: Entry, x: Tensor) -> None:
 
 def _is_plain(place: Place) -> bool:
     """Neither quantised nor sharded: the parameters can be computed with and written to."""
-    found = [p for p in (_get(place, place.weight), _get(place, place.bias)) if p is not None]
+    found = [p for p in (place.get("weight"), place.get("bias")) if p is not None]
     return all(type(p.data) is Tensor and p.is_floating_point() for p in found)
 
 
 def is_ported(module: nn.Module) -> bool:
     """Whether ports of some model that holds this module hook it."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(isinstance(getattr(hook, "__self__", hook), Port | FrozenStatistics | Tap) for hook in hooks)
+    return any(isinstance(getattr(hook, "__self__", hook), Port | FrozenStatistics | Named) for hook in hooks)
 
 
-def _get(place: Place, name: str | None) -> nn.Parameter | None:
-    return place.owner._parameters.get(name) if name else None
+def _can_write(place: Place, slot: str, value: Tensor) -> bool:
+    """Whether there are parameters for all of a value; a buffer, which goes into no file, may only stay as it is."""
+    parts = place.split(slot, value)
+    fixed = [(module._buffers.get(name), part) for module, name, part in parts if module._parameters.get(name) is None]
+    return bool(parts) and all(held is not None and torch.equal(held, part) for held, part in fixed)
+
+
+def _write(place: Place, slot: str, value: Tensor) -> None:
+    for module, name, part in place.split(slot, value):
+        held = module._parameters.get(name)
+        if held is not None:
+            held.copy_(part)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Range = tuple[int, int]  # start, stop
@@ -25,7 +27,8 @@ class Weight:
     `reader` is the module whose forward reads the parameter, relative to the declaring one ("" is that one itself).
     None means that the parameter's own module is called, as with an ordinary `nn.Linear`. `whole` marks a site that
     covers others, such as `attn.qkv` over `attn.q`: it answers to its own name, never to a glob. `when` says for which
-    instances of the class the entry holds.
+    instances of the class the entry holds. `bias` names tensors of the reader that are its bias, one after the other,
+    in instances that hold it apart from the weight.
     """
 
     kind: str
@@ -35,16 +38,32 @@ class Weight:
     reader: str | None = None
     whole: bool = False
     when: Callable[[nn.Module], bool] | None = None
+    bias: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Room:
+    """How a module makes room for tokens that are joined behind those it was made for.
+
+    `attributes` takes the module and the number of tokens joined, and gives the values that stand in for attributes of
+    the module while it runs. `masks` names keyword arguments, ... x n x n, that get rows and columns of zeros behind.
+    """
+
+    attributes: Callable[[Any, int], Mapping[str, Any]]
+    masks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Span:
     """From the input of module `enter` to the output of module `exit` ("" is the declaring module), with taps.
 
-    Paths are relative; the last part may be -1 for the last child. `taps` gives names to modules in between whose
-    output is read or replaced: {"normed": "norm1"}; a path that ends in `.*` taps every child, as "blocks.0",
-    "blocks.1", ... for {"blocks": "blocks.*"}. `width` is the path of a module whose weight or shape tells the number
-    of channels of the stream, `channels` the axis on which they lie. `when` says for which instances it holds.
+    Paths are relative; a part may be -1 for the last child, -2 for the one before it. `taps` gives names to modules in
+    between whose output is read or replaced: {"normed": "norm1"}; a path with a star taps it in every child, as
+    "blocks.0", "blocks.1", ... for {"blocks": "blocks.*"}. `width` is the path of a module whose weight or shape tells
+    the number of channels of the stream, `channels` the axis on which they lie; where they change on the way, `widths`
+    has such paths for the taps, by name. Several spans of one kind on a module are told apart by `name`. `when` says
+    for which instances it holds.
+    `room`, by "enter" or the name of a tap, says how that module runs on more tokens than it was made for.
     """
 
     kind: str
@@ -54,16 +73,21 @@ class Span:
     width: str | None = None
     channels: int = -1
     tower: str = ""
+    name: str = ""
+    widths: Mapping[str, str] = field(default_factory=dict, hash=False)
     when: Callable[[nn.Module], bool] | None = None
+    room: Mapping[str, Room] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Layout:
     """How tokens lie in the stream: `prefix` of them (class, registers), then those of a grid of rows x columns, or of
-    a sequence where `grid` is None. Methods that add tokens put them between the two."""
+    a sequence where `grid` is None. Methods that add tokens put them between the two. Where it is `causal`, a token
+    sees only those before it."""
 
     prefix: int = 0
     grid: tuple[int, int] | None = None
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,12 +141,37 @@ COMMON: Table = {
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One module that holds a parameter: the attribute names of the weight and its bias, and who reads them."""
+    """One module that holds a parameter: the attribute names of the weight and its bias, and who reads them.
+
+    `pieces` names the tensors of the reader that are the bias instead, one after the other: BEiT's q, k and v.
+    """
 
     owner: nn.Module
     weight: str
     bias: str | None
     reader: nn.Module
+    pieces: tuple[str, ...] = ()
+
+    def get(self, slot: str) -> Tensor | None:
+        """The "weight" or the "bias" as it is held, whatever stands in for it just now."""
+        if slot == "bias" and self.pieces:
+            return torch.cat([_held(self.reader, name) for name in self.pieces])
+        name = self.weight if slot == "weight" else self.bias
+        return self.owner._parameters.get(name) if name else None
+
+    def split(self, slot: str, value: Tensor) -> list[tuple[nn.Module, str, Tensor]]:
+        """Which attributes of which modules are to hold a value of the weight or the bias; none where it has no use."""
+        if slot == "bias" and self.pieces:
+            sizes = [len(_held(self.reader, name)) for name in self.pieces]
+            return [(self.reader, n, v) for n, v in zip(self.pieces, value.split(sizes), strict=True)]
+        name = self.weight if slot == "weight" else self.bias
+        return [(self.owner, name, value)] if name in self.owner._parameters else []
+
+
+def _held(module: nn.Module, name: str) -> Tensor:
+    held = module._parameters.get(name, module._buffers.get(name))
+    assert held is not None
+    return held
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +193,9 @@ class Site:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)  # of a span: "enter", "exit" and the taps
     depth: int = 0  # number of blocks in the tower
     width: int = 0  # of a span: channels of its stream
+    widths: Mapping[str, int] = field(default_factory=dict)  # of a span whose channels change: by the name of the tap
+    within: tuple[Site, ...] = ()  # of a span over blocks: the sites in them
+    device: torch.device | None = None  # of a span: where the parameters of the module that declares it lie
     layout: Layout | None = None
     fixed: str = ""  # why tokens cannot be added to the stream here
     order: int = 0  # in which sites were found: those around others come first
@@ -157,19 +209,16 @@ class Site:
         """Path of the module that holds the parameter (of a span: that declares it)."""
         return self.target.rpartition("/")[0]
 
-    def _parameter(self, name: str | None) -> Tensor | None:
-        return self.places[0].owner._parameters.get(name) if name else None
-
     @property
     def weight(self) -> Tensor | None:
         """The weight's range, as a view; the whole weight for a bias site; None where there is only a bias."""
-        W = self._parameter(self.places[0].weight)
+        W = self.places[0].get("weight")
         return _narrow(W, self.range, self.axis) if self.slot == "weight" and W is not None else W
 
     @property
     def bias(self) -> Tensor | None:
         """The bias that belongs to the range of rows, or None."""
-        b = self._parameter(self.places[0].bias)
+        b = self.places[0].get("bias")
         rows = self.range if self.slot == "bias" or self.axis == 0 else None
         return _narrow(b, rows, 0) if b is not None else None
 

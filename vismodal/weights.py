@@ -51,7 +51,7 @@ def compute(W: Tensor | None, b: Tensor | None, groups: Sequence[Group]) -> Pair
         for group in groups:
             for entry in group.entries:
                 W2, b2 = _apply(entry, group.scale, W2, b2)
-    return (W if W2 is W1 else _as(W2, W)), (b if b2 is b1 else _as(b2, b))
+    return (W if W2 is W1 else _as(W2, W)), (b if b2 is b1 else _as(b2, W if b is None else b))
 
 
 def _apply(entry: Entry, scale: float, W: Tensor | None, b: Tensor | None) -> Pair:

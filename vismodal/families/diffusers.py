@@ -34,12 +34,24 @@ def _reads_itself(block: Any) -> bool:
     return not block.only_cross_attention
 
 
+def level(i: int) -> Span:
+    """The residual blocks of one resolution: the decoder's, which read the encoder's ("skip") besides."""
+    taps = {"skip": f"down_blocks.{i}.resnets.*", "block": f"up_blocks.-{i + 1}.resnets.*"}
+    first, last = f"down_blocks.{i}.resnets.0", f"up_blocks.-{i + 1}.resnets.-1"
+    return Span("features", first, last, taps, f"{first}.conv2", channels=1, name=str(i))
+
+
+LEVELS = tuple(level(i) for i in range(8))  # a UNet has as many of them as it has blocks downwards
+
 TABLE: Table = {
     BasicTransformerBlock: (
         Span("block", width="norm1"),
         Span("attn", "norm1", "attn1", {"normed": "norm1"}, "norm1"),
         Span("xattn", "norm2", "attn2", {"normed": "norm2"}, "norm2"),
         Span("mlp", "norm3", "ff", {"normed": "norm3"}, "norm3"),
+        # the number of keys and values is read off them, so there may be more of them than queries
+        Span("keys", "attn1", "attn1", {"k": "attn1.to_k", "v": "attn1.to_v"}, "attn1.to_k", when=_reads_itself),
+        Span("xattn.keys", "attn2", "attn2", {"k": "attn2.to_k", "v": "attn2.to_v"}, "attn2.to_k"),
         *attention("attn", "attn1", _reads_itself),
         *attention("xattn", "attn1", _reads_text),
         *attention("xattn", "attn2"),
@@ -62,6 +74,12 @@ TABLE: Table = {
     TimestepEmbedding: (Weight("time", "linear_1.weight"), Weight("time", "linear_2.weight")),
     UNet2DConditionModel: (
         Order(("down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")),
+        *LEVELS,
+        Span(
+            "decoder", "mid_block", "up_blocks.-1", {"mid": "mid_block", "block": "up_blocks.*"},
+            channels=1, widths={"mid": "mid_block.resnets.0.conv2", "block": "up_blocks.*.resnets.0.conv2"},
+        ),
+        Span("model", "conv_in", "conv_out", width="conv_out", channels=1),
         Weight("conv", "conv_in.weight"),
         Weight("conv", "conv_out.weight"),
     ),

@@ -20,7 +20,7 @@ def _image(tower: Any) -> Layout:
 
 
 def _text(model: Any) -> Layout:
-    return Layout(1)
+    return Layout(1, causal=model.attn_mask is not None)
 
 
 POOLED = "its mask and the place of the token that it is pooled at are made for a fixed number of tokens"
@@ -53,6 +53,7 @@ TABLE: Table = {
         # before the norm that comes first, as the official prompt learners do
         Span("tokens", "ln_pre", "transformer.resblocks.-1", width="ln_post"),
         Span("features", "transformer.resblocks.0", "transformer.resblocks.-1", BLOCKS, "ln_post"),
+        Span("model", "conv1", "ln_post", width="ln_post"),
         Weight("embed", "conv1.weight"),
         Weight("projection", "proj"),
     ),
@@ -62,7 +63,8 @@ TABLE: Table = {
         Weight("projection", "text_projection"),
         Weight("projection", "text_projection.weight"),
     ),
-    transformer.ResidualAttentionBlock: BLOCK,
+    # computes its keys and values within: what is to join them goes through its bias_k and bias_v
+    transformer.ResidualAttentionBlock: (*BLOCK, Span("keys", "attn", "attn", width="ln_1")),
     transformer.CustomResidualAttentionBlock: BLOCK,
     transformer.Attention: (
         Weight("attn.q", "in_proj_weight", (0, 3)),

@@ -1,5 +1,6 @@
 """timm: plain and hierarchical vision transformers, ConvNeXt and ResNet."""
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers.attention import Attention, AttentionRope
@@ -9,22 +10,23 @@ from timm.layers.norm import RmsNorm
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import beit, convnext, deit, eva, resnet, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import nn
+from torch.nn import functional as F
 
-from vismodal.site import NORMS, Layout, Range, Span, Table, Tokens, Weight
+from vismodal.site import NORMS, Layout, Range, Room, Span, Table, Tokens, Weight
 
 NAME = "timm"
 MODELS = "ViT (class, register, distillation tokens), DINOv2, BEiT, EVA, EVA02, Swin, SwinV2, ConvNeXt, ResNet"
 
 
 def fused(reader: str | None = None) -> tuple[Weight, ...]:
-    """One `qkv` Linear with rows q|k|v, or three. BEiT, EVA and SwinV2 hand `qkv.weight` to F.linear themselves."""
+    """One `qkv` Linear with rows q|k|v, or three. BEiT, EVA and SwinV2 hand `qkv.weight` to F.linear themselves, with a
+    bias in three pieces, of which k's is a buffer."""
+    bias = () if reader is None else ("q_bias", "k_bias", "v_bias")
     return (
-        Weight("attn.q", "qkv.weight", (0, 3), reader=reader),
-        Weight("attn.k", "qkv.weight", (1, 3), reader=reader),
-        Weight("attn.v", "qkv.weight", (2, 3), reader=reader),
-        Weight("attn.qkv", "qkv.weight", reader=reader, whole=True),
-        Weight("bias", "q_bias", reader=""),
-        Weight("bias", "v_bias", reader=""),
+        Weight("attn.q", "qkv.weight", (0, 3), reader=reader, bias=bias),
+        Weight("attn.k", "qkv.weight", (1, 3), reader=reader, bias=bias),
+        Weight("attn.v", "qkv.weight", (2, 3), reader=reader, bias=bias),
+        Weight("attn.qkv", "qkv.weight", reader=reader, whole=True, bias=bias),
         Weight("attn.q", "q_proj.weight"),
         Weight("attn.k", "k_proj.weight"),
         Weight("attn.v", "v_proj.weight"),
@@ -52,11 +54,49 @@ BLOCK = (
     Span("attn", "norm1", "drop_path1", {"normed": "norm1"}, "norm1"),
     Span("mlp", "norm2", "drop_path2", {"normed": "norm2"}, "norm2"),
 )
+# the norm comes after the branch, which reads the stream itself
+POST_NORM = (
+    Span("block", width="norm1"),
+    Span("attn", "attn", "drop_path1", width="norm1"),
+    Span("mlp", "mlp", "drop_path2", width="norm2"),
+)
+POST_NORM_WINDOWS = (  # its attn is called on windows, so the stream is read where the block begins
+    Span("block", width="norm1"),
+    Span("attn", "", "drop_path1", width="norm1"),
+    Span("mlp", "mlp", "drop_path2", width="norm2"),
+)
 ALL_BLOCKS = (
     Span("tokens", "blocks.0", "blocks.-1", width="blocks.0.norm1"),
     Span("features", "blocks.0", "norm", {"block": "blocks.*"}, "blocks.0.norm1"),
 )
+
+
+def stage(norm: str, channels: int = -1) -> Span:
+    """The blocks of one stage, which have one width."""
+    return Span("features", "blocks.0", "blocks.-1", {"block": "blocks.*"}, f"blocks.0.{norm}", channels)
+
+
+def model(first: str, last: str, width: str, when: Callable[[Any], bool] | None = None) -> Span:
+    """From the picture to what the head reads."""
+    return Span("model", first, last, {"model": ""}, width, when=when)
+
+
+ENCODER = model("patch_embed", "head_drop", "blocks.0.norm1")
 KEYS = (Span("keys", taps={"qkv": "qkv"}, width="proj"),)
+
+
+def _without_bias(attn: Any, more: int) -> dict[str, Any]:
+    """Swin's relative position bias, zero for tokens that have no position."""
+    bias = attn._get_rel_pos_bias  # of the method, or of what stands in for it already
+    return {"_get_rel_pos_bias": lambda: F.pad(bias(), (0, more, 0, more))}
+
+
+WINDOW = Room(_without_bias, masks=("mask",))
+WINDOW_KEYS = (Span("keys", taps={"qkv": "qkv"}, width="proj", room={"enter": WINDOW}),)
+WINDOWS_BLOCK = (
+    Span("block", width="norm1", taps={"norm": "norm1", "windows": "attn"}, room={"windows": WINDOW}),
+    *BLOCK[1:],
+)
 
 
 def _layout(model: Any) -> Layout:
@@ -67,6 +107,11 @@ def _layout(model: Any) -> Layout:
 
 def _beit_layout(model: Any) -> Layout:
     return Layout(model.num_prefix_tokens, tuple(model.patch_embed.grid_size))
+
+
+def _windows_layout(block: Any) -> Layout:
+    """Rows and columns at this stage of Swin; none where pictures of any size are taken."""
+    return Layout(0, None if block.dynamic_mask else tuple(block.input_resolution))
 
 
 RELATIVE = "its relative position bias is made for a fixed number of tokens"
@@ -82,6 +127,10 @@ def _pools_first(block: Any) -> bool:
     return isinstance(block.downsample, nn.Sequential) and isinstance(block.downsample[1], nn.Conv2d)
 
 
+def _has_bottlenecks(model: Any) -> bool:
+    return isinstance(model.layer4[-1], resnet.Bottleneck)
+
+
 CONVS = (
     *(Weight("conv", f"conv{i}.weight") for i in (1, 2, 3)),
     Weight("conv", "downsample.0.weight"),
@@ -95,7 +144,7 @@ TABLE: Table = {
     AttentionRope: fused(),
     beit.Attention: fused(reader=""),
     eva.EvaAttention: fused(reader=""),
-    swin_transformer.WindowAttention: fused(),
+    swin_transformer.WindowAttention: fused() + WINDOW_KEYS,
     swin_transformer_v2.WindowAttention: fused(reader=""),
     Mlp: MLP,
     GlobalResponseNormMlp: MLP,
@@ -115,21 +164,32 @@ TABLE: Table = {
     vision_transformer.Block: BLOCK,
     beit.Block: BLOCK,
     eva.EvaBlock: BLOCK,
-    eva.EvaBlockPostNorm: BLOCK,
-    swin_transformer.SwinTransformerBlock: BLOCK,
-    swin_transformer_v2.SwinTransformerV2Block: BLOCK,
-    vision_transformer.VisionTransformer: (Tokens(_layout), *ALL_BLOCKS, *HEAD),
+    eva.EvaBlockPostNorm: POST_NORM,
+    swin_transformer.SwinTransformerBlock: (Tokens(_windows_layout, WINDOWS), *WINDOWS_BLOCK),
+    swin_transformer_v2.SwinTransformerV2Block: (Tokens(_windows_layout, WINDOWS), *POST_NORM_WINDOWS),
+    vision_transformer.VisionTransformer: (Tokens(_layout), *ALL_BLOCKS, ENCODER, *HEAD),
     deit.VisionTransformerDistilled: (Tokens(_layout), *ALL_BLOCKS, *HEAD, *DISTILLED),
-    beit.Beit: (Tokens(_beit_layout, RELATIVE), *ALL_BLOCKS, *HEAD),
-    eva.Eva: (Tokens(_beit_layout, ROTARY), *ALL_BLOCKS, *HEAD),
-    swin_transformer.SwinTransformer: (Tokens(lambda m: Layout(), WINDOWS),),
-    swin_transformer_v2.SwinTransformerV2: (Tokens(lambda m: Layout(), WINDOWS),),
+    beit.Beit: (Tokens(_beit_layout, RELATIVE), *ALL_BLOCKS, ENCODER, *HEAD),
+    eva.Eva: (Tokens(_beit_layout, ROTARY), *ALL_BLOCKS, ENCODER, *HEAD),
+    swin_transformer.SwinTransformerStage: (stage("norm1"),),
+    swin_transformer_v2.SwinTransformerV2Stage: (stage("norm1"),),
+    swin_transformer.SwinTransformer: (Tokens(lambda m: Layout(), WINDOWS), model("patch_embed", "head.drop", "norm")),
+    swin_transformer_v2.SwinTransformerV2: (
+        Tokens(lambda m: Layout(), WINDOWS),
+        model("patch_embed", "head.drop", "norm"),
+    ),
     ClassifierHead: FC,
     NormMlpClassifierHead: FC,
     convnext.ConvNeXtBlock: (Span("block", width="norm", channels=1), Weight("conv", "conv_dw.weight")),
-    convnext.ConvNeXtStage: (Weight("conv", "downsample.1.weight"),),
-    convnext.ConvNeXt: (Weight("embed", "stem.0.weight"),),
+    convnext.ConvNeXtStage: (stage("norm", channels=1), Weight("conv", "downsample.1.weight")),
+    convnext.ConvNeXt: (model("stem", "head.drop", "stages.-1.blocks.-1.norm"), Weight("embed", "stem.0.weight")),
     resnet.BasicBlock: (Span("block", width="bn2", channels=1), *CONVS),
     resnet.Bottleneck: (Span("block", width="bn3", channels=1), *CONVS),
-    resnet.ResNet: (Weight("embed", "conv1.weight"), *STEM, *FC),
+    resnet.ResNet: (
+        model("conv1", "global_pool", "layer4.-1.bn3", when=_has_bottlenecks),
+        model("conv1", "global_pool", "layer4.-1.bn2", when=lambda m: not _has_bottlenecks(m)),
+        Weight("embed", "conv1.weight"),
+        *STEM,
+        *FC,
+    ),
 }

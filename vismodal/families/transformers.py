@@ -40,7 +40,6 @@ def blocks(layers: str, norm: str, first: str = "", last: str = "") -> tuple[Spa
 
 POOLED = "its mask and the place of the token that it is pooled at are made for a fixed number of tokens"
 TEXT = (
-    Tokens(lambda m: Layout(1), POOLED),
     Span("text.tokens", "embeddings.token_embedding", "embeddings.token_embedding", width="embeddings.token_embedding"),
     Span("features", "encoder.layers.0", "encoder.layers.-1", {"block": "encoder.layers.*"}, "final_layer_norm"),
 )
@@ -55,6 +54,7 @@ ENCODER_LAYER = (
     Span("attn", "layer_norm1", "self_attn", {"normed": "layer_norm1"}, "layer_norm1"),
     Span("mlp", "layer_norm2", "mlp", {"normed": "layer_norm2"}, "layer_norm2"),
 )
+MODEL = Span("model", "embeddings", "layernorm", width="layernorm")
 PATCHES = (Weight("embed", "patch_embedding.weight"),)
 TOKENS = (Weight("embed.tokens", "token_embedding.weight"),)
 
@@ -82,13 +82,21 @@ TABLE: Table = {
         Span("attn", "norm1", "layer_scale1", {"normed": "norm1"}, "norm1"),
         Span("mlp", "norm2", "layer_scale2", {"normed": "norm2"}, "norm2"),
     ),
-    vit.ViTModel: (Tokens(_layout(1)), *blocks("layers", "layernorm", last="layernorm")),
-    dinov2.Dinov2Model: (Tokens(_layout(1)), *blocks("encoder.layer", "layernorm", last="layernorm")),
+    vit.ViTModel: (Tokens(_layout(1)), *blocks("layers", "layernorm", last="layernorm"), MODEL),
+    dinov2.Dinov2Model: (Tokens(_layout(1)), *blocks("encoder.layer", "layernorm", last="layernorm"), MODEL),
     # before the norm that comes first, as the official prompt learners do
-    clip.CLIPVisionModel: (Tokens(_layout(1)), *blocks("encoder.layers", "post_layernorm", "pre_layrnorm")),
-    siglip.SiglipVisionModel: (Tokens(_layout(0)), *blocks("encoder.layers", "post_layernorm")),
-    clip.CLIPTextModel: TEXT,
-    siglip.SiglipTextModel: (*TEXT, Weight("projection", "head.weight")),
+    clip.CLIPVisionModel: (
+        Tokens(_layout(1)),
+        *blocks("encoder.layers", "post_layernorm", "pre_layrnorm"),
+        Span("model", "embeddings", "post_layernorm", width="post_layernorm"),
+    ),
+    siglip.SiglipVisionModel: (
+        Tokens(_layout(0)),
+        *blocks("encoder.layers", "post_layernorm"),
+        Span("model", "embeddings", "head", width="post_layernorm"),
+    ),
+    clip.CLIPTextModel: (Tokens(lambda m: Layout(1, causal=True), POOLED), *TEXT),
+    siglip.SiglipTextModel: (Tokens(lambda m: Layout(1), POOLED), *TEXT, Weight("projection", "head.weight")),
     clip.CLIPEncoderLayer: ENCODER_LAYER,
     siglip.SiglipEncoderLayer: ENCODER_LAYER,
     vit.ViTPatchEmbeddings: (Weight("embed", "projection.weight"),),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,7 +21,13 @@ class Part(NamedTuple):
 
 
 class WeightModule(nn.Module):
-    """Re-expresses a weight and its bias. `forward` is the truth: live use, merging and exporting all follow it."""
+    """Re-expresses a weight and its bias. `forward` is the truth: live use, merging and exporting all follow it.
+
+    `reads_weight` says that `update` reads `layer.weight`, as left by merged adapters only: it is used where no other
+    adapter or method stands on that parameter.
+    """
+
+    reads_weight: ClassVar[bool] = False
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W, b (the site's range, at least fp32) -> W', b' of the same shapes."""
@@ -43,7 +49,9 @@ class SpanModule(nn.Module):
 
     `context` lasts from an enter to its exit. It is the only place for what is kept in between: under gradient
     checkpointing a tap or an enter may run again with the same context, and must then do the same again, so nothing is
-    accumulated in it. The key "extra" holds how many tokens other modules have joined to the stream before.
+    accumulated in it. The key "extra" holds how many tokens other modules have joined to the stream before, "aside" a
+    function that runs a module of the span on tensors of one's own: `context["aside"]("normed", prompts)`. Adapted
+    weights take part in that, spans do not.
     """
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
@@ -57,6 +65,14 @@ class SpanModule(nn.Module):
     def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
         """The output of the tapped module `name`, in between."""
         return y
+
+    def feed(self, name: str, x: Tensor, context: dict[str, Any]) -> Tensor:
+        """The input of the tapped module `name`. Tokens joined where the span has `room` for them stand behind."""
+        return x
+
+    def values(self, module: nn.Module, context: dict[str, Any]) -> Mapping[str, Any]:
+        """Values that stand in for attributes of `module`, where the span begins, while that runs."""
+        return {}
 
 
 def share(module: nn.Module, shared: nn.Module) -> None:

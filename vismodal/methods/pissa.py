@@ -1,0 +1,63 @@
+"""PiSSA: LoRA that begins at the principal part of the weight (Meng et al. 2024, arXiv 2404.02948, equations 2 to 5).
+
+    W = U S V^T             s B0 A0 = U_r S_r V_r^T        the r largest singular triples
+    W' = (W - s B0 A0) + s B A,  A = A0 and B = B0 at the start, the square root of S_r in each of them
+
+The official code writes the residual W - s B0 A0 into the base. Here the base stays as it is, and A0, B0 are kept
+beside A, B (in the file too, which is twice as large). What is added to W is computed as a product of rank 2r,
+
+    B A - B0 A0 = (B - B0) A + B0 (A - A0)                 [A; A - A0], [B - B0, B0]
+
+which is zero to the bit at the start, and whose small differences keep their precision in 16 bits. Dropout acts on
+this change alone. A convolution's weight is taken as out x (in/g kh kw).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vismodal.errors import InputError
+from vismodal.methods.base import Built
+from vismodal.methods.lora import LoRA
+from vismodal.methods.lowrank import LowRank
+from vismodal.site import Site
+
+
+class Principal(LowRank):
+    """A, B and where they began."""
+
+    def __init__(self, W: Tensor, rank: int, scaling: float, dropout: float):
+        super().__init__(W, rank, scaling, dropout)
+        if not W.is_meta:
+            U, S, Vh = torch.linalg.svd(W.detach().to(self.A.dtype).flatten(1), full_matrices=False)
+            root = (S[:rank] / scaling).sqrt()
+            with torch.no_grad():
+                self.A.copy_((root[:, None] * Vh[:rank]).view_as(self.A))
+                self.B.copy_(U[:, :rank] * root)
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PiSSA(LoRA):
+    """LoRA on the principal singular triples, arXiv 2404.02948. Its fields are those of `LoRA`."""
+
+    survey: ClassVar[str] = "reparameterised: LoRA derivatives"
+    paper: ClassVar[str] = "arXiv 2404.02948"
+    factors: ClassVar[type[LowRank]] = Principal
+
+    def build(self, sites: Sequence[Site]) -> Built:
+        built = super().build(sites)
+        for site, module in zip(sites, built.modules, strict=True):
+            have = min(site.tensor.flatten(1).shape)
+            if module.A.shape[0] > have:  # type: ignore[union-attr, index]
+                raise InputError(f"PiSSA: {site.key} has {have} singular triples, fewer than the rank; lower it there")
+        return built
