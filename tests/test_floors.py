@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vismodal"
 # the module (or package) and the floor it stands on; a file imports its own floor and those below
 FLOORS = {
     **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "site", "discover", "recompute"), 0),
-    **dict.fromkeys(("methods", "families", "weights", "ports"), 1),
+    **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
     **dict.fromkeys(("bank", "adapter", "attach"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "formats"), 3),
     **dict.fromkeys(("losses", "data", "train", "callbacks", "resume", "interrupt", "draw", "report"), 4),

@@ -180,7 +180,29 @@ DIFFUSERS = (
     _unet("SDXL", **SDXL),
 )
 
-CASES = (*TIMM, *OPEN_CLIP, *_transformers(), *DIFFUSERS)
+def word_ids(texts: Sequence[str]) -> Tensor:
+    """A tokenizer for the small CLIPs: one id for a word, 61 begins, 62 ends, 0 fills up to 8."""
+    rows = []
+    for text in texts:
+        ids = [sum(map(ord, word)) % 59 + 1 for word in text.replace(".", " .").split()][:6]
+        rows.append([61, *ids, 62] + [0] * (6 - len(ids)))
+    return torch.tensor(rows)
+
+
+def _classifier(name: str, inner: Case) -> Case:
+    def build() -> nn.Module:
+        return vm.CLIPClassifier(inner.build(), word_ids, ["cat", "dog", "ship"], ["a photo of a {}.", "{}."])
+
+    return Case(f"classifier-{name}", build, _image(32), lambda m: inner.checkpoint(m.model))  # type: ignore[misc]
+
+
+HF = _transformers()
+CLASSIFIERS = (
+    _classifier("flat", OPEN_CLIP[0]),
+    *(_classifier(c.name[13:].lower(), c) for c in HF if c.name.endswith(("-CLIP", "-SigLIP"))),
+)
+
+CASES = (*TIMM, *OPEN_CLIP, *HF, *DIFFUSERS, *CLASSIFIERS)
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -244,6 +266,26 @@ def repadapter(model: nn.Module) -> vm.RepAdapter:
     return vm.RepAdapter(sites=kinds, rank=4, bias=all(map(has_bias, sites)))
 
 
+# those whose stream goes through blocks of one width, and those that side-tuning knows the encoding of
+ONE_WIDTH = ("timm-vit*", "timm-deit*", "timm-beit*", "timm-eva*", "open_clip*", "transformers*")
+ENCODERS = (
+    "timm-vit*", "timm-beit*", "timm-eva*", "timm-swin*", "timm-conv*", "timm-res*", "open_clip*", "diffusers*",
+    "*-ViT", "*-Dinov2*", "*-CLIP", "*-SigLIP",
+)  # fmt: skip
+
+
+def bypass(model: nn.Module) -> vm.ResTuningBypass:
+    kinds = {s.kind for s in vm.sites(model)}
+    return vm.ResTuningBypass(sites=("decoder",) if "decoder" in kinds else ("features",), rank=4)
+
+
+def fitting(model: nn.Module, method: type[Method], bias: bool = False) -> tuple[str, ...]:
+    """Kinds all of whose sites the method takes, with a bias each where that is asked for."""
+    weights = [s for s in vm.sites(model) if s.slot == "weight" and not s.whole and s.kind != "head"]
+    wrong = {s.kind for s in weights if not method.fits(s) or (bias and not has_bias(s))}
+    return tuple(dict.fromkeys(s.kind for s in weights if s.kind not in wrong))
+
+
 # one line a method
 METHODS: dict[str, Trial] = {
     "LoRA": Trial(lora),
@@ -262,6 +304,35 @@ METHODS: dict[str, Trial] = {
     "FacT": Trial(lambda m: vm.FacT(sites=offered(m, FACT_KINDS), rank=2, tucker=True)),
     "OFT": Trial(lambda m: vm.OFT(sites=offered(m, LORA_KINDS), block_size=8)),
     "BOFT": Trial(lambda m: vm.BOFT(sites=offered(m, FACT_KINDS), block_size=4, side="out", rescale=True)),
+    "SideTuning": Trial(lambda m: vm.SideTuning(), ENCODERS),
+    "Ladder": Trial(lambda m: vm.Ladder(reduction=2, head=4), ONE_WIDTH),
+    "ResTuningBypass": Trial(bypass, (*ONE_WIDTH, "diffusers*")),
+    "DTL": Trial(lambda m: vm.DTL(), (*TRANSFORMERS, "timm-conv*")),
+    # from the first block on: after the last of two, what is convolved reaches no class token
+    "DTL+": Trial(lambda m: vm.DTL(kernel=3, start=0, where=image_tower(m)), (*GRIDS, "diffusers*")),
+    "DoRA": Trial(lambda m: vm.DoRA(sites=fitting(m, vm.DoRA), rank=2, alpha=3.0)),
+    "PiSSA": Trial(lambda m: vm.PiSSA(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
+    "VeRA": Trial(lambda m: vm.VeRA(sites=offered(m, LORA_KINDS), rank=4, d=1.0)),
+    "AdaLoRA": Trial(lambda m: vm.AdaLoRA(sites=offered(m, LORA_KINDS), rank=3, target=2)),
+    "DyLoRA": Trial(lambda m: vm.DyLoRA(sites=offered(m, LORA_KINDS), rank=3)),
+    "IA3": Trial(lambda m: vm.IA3(sites=fitting(m, vm.IA3))),
+    "SSF": Trial(lambda m: vm.SSF(sites=fitting(m, vm.SSF, bias=True)), idle=("*:k.shift", "*k_proj.shift")),
+    "BitFit": Trial(lambda m: vm.BitFit(), idle=("*k_proj.bias.value",)),
+    "NormTuning": Trial(lambda m: vm.NormTuning()),
+    "CrossAttention": Trial(lambda m: vm.CrossAttention(), ("diffusers*",)),
+    "LinearProbe": Trial(lambda m: vm.LinearProbe(), ("timm*", "*-ViT", "*-Dinov2")),
+    "SparseMask": Trial(lambda m: vm.SparseMask(sites=offered(m, LORA_KINDS), criterion="magnitude", per="site")),
+}
+
+METHODS |= {  # on classifiers alone
+    "CoOp": Trial(lambda m: vm.CoOp(tokens=2), ("classifier*",)),
+    "CoOpPerClass": Trial(lambda m: vm.CoOp(words="a photo", per_class=True), ("classifier*",)),
+    "CoCoOp": Trial(lambda m: vm.CoCoOp(reduction=2), ("classifier*",)),
+    "MaPLe": Trial(lambda m: vm.MaPLe(depth=2), ("classifier*",)),
+    "IVLP": Trial(lambda m: vm.IVLP(), ("classifier*",)),
+    "PromptSRC": Trial(lambda m: vm.PromptSRC(depth=2), ("classifier*",)),
+    "CLIPAdapter": Trial(lambda m: vm.CLIPAdapter(reduction=2), ("classifier*",)),
+    "TipAdapterF": Trial(lambda m: vm.TipAdapter(train_keys=True, shots=2), ("classifier*",)),
 }
 
 # LoRA and Tune, one of each port, go over every model; the other methods over those that differ in kind
@@ -279,7 +350,7 @@ def pairs(names: Sequence[str] = ()) -> list[tuple[Case, str]]:
         for name, trial in METHODS.items()
         for case in CASES
         if (not names or name in names)
-        and (name in EVERYWHERE or case.name in REPRESENTATIVES)
+        and (name in EVERYWHERE or case.name in REPRESENTATIVES or (case in CLASSIFIERS and "*" not in trial.claims))
         and any(fnmatchcase(case.name, glob) for glob in trial.claims)
     ]
 

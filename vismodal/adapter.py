@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +66,9 @@ class Adapter:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors in. Raises `InputError` naming keys that are missing, left over, or of another shape."""
+        for key, module in self.modules.items():
+            given = {n: state[f"{key}.{n}"] for n in module.state_dict() if f"{key}.{n}" in state}
+            self.methods[key.partition("/")[0]].resize(module, given)
         mine = self.state_dict()
         wrong = [f"lacks {k}" for k in mine.keys() - state.keys()] + [f"has {k}" for k in state.keys() - mine.keys()]
         shapes = [(k, tuple(state[k].shape), tuple(mine[k].shape)) for k in mine.keys() & state.keys()]
@@ -183,6 +186,15 @@ class Adapter:
         for slot, method in self.methods.items():
             yield method, [m for k, m in self.modules.items() if k.partition("/")[0] == slot]
 
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Lets methods that choose by data see it: `with a.calibrating(): loss(model(x), y).backward()`, for as many
+        batches as they are to see. Make the optimiser afterwards: parameters may be others then."""
+        with ExitStack() as stack:
+            for method, modules in self._by_method():
+                stack.enter_context(method.calibrating(modules))
+            yield
+
     def penalty(self) -> Tensor | None:
         """The sum of the terms that its methods add to a loss; None where no method has one."""
         terms = [method.loss(modules) for method, modules in self._by_method()]
@@ -233,7 +245,7 @@ def _has_gradient(module: nn.Module) -> bool:
     """Whether a tensor of its own got a gradient; one that has none is no worse for that.
 
     One of zeros counts where what the module shares got another (FacT's cores have none at step 1: V = 0)."""
-    own = list(module.parameters())
+    own = [p for p in module.parameters() if p.numel()]
     common = module.__dict__["shared"].parameters() if "shared" in module.__dict__ else ()
     grads = [p.grad for p in own if p.grad is not None]
     return not own or any(bool(g.any()) for g in grads) or (bool(grads) and any(_flows(p) for p in common))

@@ -202,12 +202,13 @@ def _each(module: nn.Module, name: str, path: str) -> dict[str, nn.Module | None
 
 
 def _width(module: nn.Module | None) -> int:
-    """Channels that a norm, a layer or an embedding puts out; 0 where it does not say."""
+    """Channels that a norm, a layer or an embedding puts out, or what `width` says; 0 where nothing does."""
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
     shape = getattr(module, "normalized_shape", None)
     weight = getattr(module, "weight", None)
-    return int(shape[-1]) if shape else int(weight.shape[0]) if isinstance(weight, Tensor) else 0
+    said = getattr(module, "width", 0)
+    return int(shape[-1]) if shape else int(weight.shape[0]) if isinstance(weight, Tensor) else int(said)
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:

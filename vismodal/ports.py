@@ -73,6 +73,14 @@ class Port:
     def keep(self, adapter: str) -> None:
         """Make what a merged adapter wrote the new base; other merged ones step aside."""
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the modules that act just now."""
+        for module in (e.module for group in self.live for e in group.entries):
+            for each in (module, module.__dict__.get("shared")):
+                if each is not None:
+                    yield from each.parameters()
+                    yield from each.buffers()
+
     def _mark(self, x: Tensor) -> None:
         for group in self.live:
             for entry in group.entries:
@@ -480,8 +488,19 @@ def _is_plain(place: Place) -> bool:
 
 def is_ported(module: nn.Module) -> bool:
     """Whether ports of some model that holds this module hook it."""
+    return any(isinstance(hook, Port | FrozenStatistics | Named) for hook in _hooked(module))
+
+
+def acting(modules: Iterable[nn.Module]) -> list[Port]:
+    """The ports, of whatever model, that act just now on one of these modules."""
+    hooks = (getattr(hook, "port", hook) for module in modules for hook in _hooked(module))
+    return list(dict.fromkeys(hook for hook in hooks if isinstance(hook, Port) and hook.live))
+
+
+def _hooked(module: nn.Module) -> list[Any]:
+    """The objects whose methods a module's hooks are."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(isinstance(getattr(hook, "__self__", hook), Port | FrozenStatistics | Named) for hook in hooks)
+    return [getattr(hook, "__self__", hook) for hook in hooks]
 
 
 def _can_write(place: Place, slot: str, value: Tensor) -> bool:

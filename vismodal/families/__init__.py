@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, str] = {
     "open_clip": "vismodal.families.open_clip",
     "transformers": "vismodal.families.transformers",
     "diffusers": "vismodal.families.diffusers",
+    "vismodal": "vismodal.families.clip",
 }
 
 

@@ -51,7 +51,7 @@ TABLE: Table = {
     transformer.VisionTransformer: (
         Tokens(_image),
         # before the norm that comes first, as the official prompt learners do
-        Span("tokens", "ln_pre", "transformer.resblocks.-1", width="ln_post"),
+        Span("tokens", "ln_pre", "transformer.resblocks.-1", BLOCKS, "ln_post"),
         Span("features", "transformer.resblocks.0", "transformer.resblocks.-1", BLOCKS, "ln_post"),
         Span("model", "conv1", "ln_post", width="ln_post"),
         Weight("embed", "conv1.weight"),

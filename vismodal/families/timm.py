@@ -66,7 +66,7 @@ POST_NORM_WINDOWS = (  # its attn is called on windows, so the stream is read wh
     Span("mlp", "mlp", "drop_path2", width="norm2"),
 )
 ALL_BLOCKS = (
-    Span("tokens", "blocks.0", "blocks.-1", width="blocks.0.norm1"),
+    Span("tokens", "blocks.0", "blocks.-1", {"block": "blocks.*"}, "blocks.0.norm1"),
     Span("features", "blocks.0", "norm", {"block": "blocks.*"}, "blocks.0.norm1"),
 )
 

@@ -33,7 +33,7 @@ def _layout(prefix: int) -> Callable[[Any], Layout]:
 def blocks(layers: str, norm: str, first: str = "", last: str = "") -> tuple[Span, ...]:
     """The spans over all blocks; `first` is where tokens are joined, `last` where the features end."""
     return (
-        Span("tokens", first or f"{layers}.0", f"{layers}.-1", width=norm),
+        Span("tokens", first or f"{layers}.0", f"{layers}.-1", {"block": f"{layers}.*"}, norm),
         Span("features", f"{layers}.0", last or f"{layers}.-1", {"block": f"{layers}.*"}, norm),
     )
 

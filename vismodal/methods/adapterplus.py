@@ -45,7 +45,7 @@ def drop_samples(x: Tensor, p: float) -> Tensor:
     if not p:
         return x
     kept = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= p
-    return x * (kept / (1 - p)).to(x.dtype)
+    return x * kept / (1 - p)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

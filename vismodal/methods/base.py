@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,8 +24,8 @@ class Part(NamedTuple):
 class WeightModule(nn.Module):
     """Re-expresses a weight and its bias. `forward` is the truth: live use, merging and exporting all follow it.
 
-    `reads_weight` says that `update` reads `layer.weight`, as left by merged adapters only: it is used where no other
-    adapter or method stands on that parameter.
+    `reads_weight` says that `update` reads `layer.weight` or its bias, as left by merged adapters only: it is used where
+    no other adapter or method stands on that parameter.
     """
 
     reads_weight: ClassVar[bool] = False
@@ -145,3 +146,10 @@ class Method:
     def rate(self, tensor: str) -> float:
         """A factor on the learning rate of a tensor, by its name in the module ("B")."""
         return 1.0
+
+    def calibrating(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """In which batches run forward and backward before training, for a method that chooses by their gradients."""
+        return nullcontext()
+
+    def resize(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Gives a module the sizes of the tensors that it is about to get, where a choice by data made them."""

@@ -1,4 +1,4 @@
-"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv 2402.09353, equations 5 and 11).
+"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv 2402.09353, equation 5).
 
     W' = m (W + s B A) / |W + s B A|        m: out, the norm is that of each row (of all axes but the first)
 
@@ -22,7 +22,6 @@ from vismodal.methods.lora import LoRA
 from vismodal.methods.lowrank import LowRank
 from vismodal.methods.rows import has_output_rows, over_output, over_rows
 from vismodal.site import Site
-from vismodal.weights import rows
 
 
 class Decomposed(LowRank):
@@ -58,7 +57,7 @@ def _change(layer: nn.Module, part: Part) -> Tensor:
     module, W = cast(Decomposed, part.module), cast(Tensor, layer.weight)
     with torch.no_grad():
         A, B = (factor.to(torch.promote_types(W.dtype, torch.float32)) for factor in module.factors())
-        W = rows(W, 0, part.range).flatten(1).to(A.dtype)
+        W = (W if part.range is None else W[slice(*part.range)]).flatten(1).to(A.dtype)
         norm = _norm(torch.addmm(W, B, A.flatten(1), alpha=module.scaling))
     return module.m.to(norm.dtype) / norm - 1
 
@@ -75,7 +74,7 @@ class DoRA(LoRA):
 
     survey: ClassVar[str] = "reparameterised: LoRA derivatives"
     paper: ClassVar[str] = "arXiv 2402.09353"
-    factors: ClassVar[type[LowRank]] = Decomposed
+    pair: ClassVar[type[LowRank]] = Decomposed
 
     @classmethod
     def fits(cls, site: Site) -> bool:

@@ -16,7 +16,8 @@ before `start` gets no parameters. The official `start` is 6 of 12 blocks (ViT-B
 
 On a UNet, which the paper does not treat, the blocks are the residual blocks of one resolution, from the encoder over
 to the decoder: s gathers from those of the encoder, and is written back in the decoder. A and B are 1 x 1 convolutions.
-Encoder and middle then have no graph. Plain ResNets are left out: their stages begin with a block that changes the width.
+Encoder and middle then have no graph. Plain ResNets are left out: their stages begin with a block that changes the
+width.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@
     g_i = sigma(a_i / T)                                        a_i = 0 at the start, T = 0.1
     out = U norm(s) + u                                         U: c x w
 
-`out` stands in for the base's last features: after its final norm in ViT, before it in the towers of CLIP. Every x and h
-is detached, so the backbone has no graph at all.
+`out` stands in for the base's last features: after its final norm in ViT, before it in the towers of CLIP. Every x and
+h is detached, so the backbone has no graph at all.
 
 The side blocks are small transformer blocks that begin as structured prunings of the base's by the size of weights. The
-official code prunes matrix after matrix, each by what the one before kept; here the whole side keeps one set of channels
-of the stream, so that its residual sums are over the same ones. D and U are N(0, 0.01) with zero biases, as there.
+official code prunes matrix after matrix, each by what the one before kept; here the whole side keeps one set of
+channels of the stream, so that its residual sums are over the same ones. D and U are N(0, 0.01) with zero biases, as
+there.
 A side block is a plain one: neither rotary or relative positions nor layer scale come along from the base.
 
 For models whose blocks have one width. Swin, conv nets and UNets are left out: a ladder beside them has no published
@@ -117,13 +118,13 @@ class Ladder(Method):
     def _module(self, site: Site) -> Rungs:
         if not self.fits(site):
             raise InputError(
-                "Ladder needs a stream of tokens of one width over all blocks ('features' of a plain transformer), which "
-                f"{site.key} ({site.kind}) is not"
+                "Ladder needs a stream of tokens of one width over all blocks ('features' of a plain transformer), "
+                f"which {site.key} ({site.kind}) is not"
             )
         width = site.width // self.reduction
         if not width or site.width % self.reduction or width % self.head:
             raise InputError(
-                f"Ladder: {site.key} has {site.width} channels, which reduction={self.reduction} and head={self.head} do "
-                "not divide; choose others, e.g. reduction=4 and head=16"
+                f"Ladder: {site.key} has {site.width} channels, which reduction={self.reduction} and head={self.head} "
+                "do not divide; choose others, e.g. reduction=4 and head=16"
             )
         return Rungs(site, width, self.reduction, self.head, self.pruned, self.temperature)

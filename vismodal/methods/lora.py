@@ -50,7 +50,7 @@ class LoRA(LowRankMethod):
 
     survey: ClassVar[str] = "reparameterised: low rank"
     paper: ClassVar[str] = "arXiv 2106.09685"
-    factors: ClassVar[type[LowRank]] = LowRank
+    pair: ClassVar[type[LowRank]] = LowRank  # of the sites' modules
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,11 +69,14 @@ class LoRA(LowRankMethod):
                 raise InputError(f"{name}: ranks names {glob!r}, which matches no chosen site, such as {sites[0].key}")
         return super().build(sites)
 
+    def rank_of(self, site: Site) -> int:
+        return next((r for glob, r in self.ranks.items() if _matches(glob, site)), self.rank)
+
     def module(self, site: Site, W: Tensor) -> LowRank:
-        rank = next((r for glob, r in self.ranks.items() if _matches(glob, site)), self.rank)
+        rank = self.rank_of(site)
         alpha = rank if self.alpha is None else self.alpha
         scaling = alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
-        module = self.factors(W, rank, scaling, self.dropout)
+        module = self.pair(W, rank, scaling, self.dropout)
         module.A.requires_grad_(not self.freeze_down)
         return module
 

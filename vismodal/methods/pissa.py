@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that begins at the principal part of the weight (Meng et al. 2024, arXiv 2404.02948, equations 2 to 5).
+"""PiSSA: LoRA that begins at the principal part of the weight (Meng et al. 2024, arXiv 2404.02948, section 3).
 
     W = U S V^T             s B0 A0 = U_r S_r V_r^T        the r largest singular triples
     W' = (W - s B0 A0) + s B A,  A = A0 and B = B0 at the start, the square root of S_r in each of them
@@ -14,7 +14,6 @@ this change alone. A convolution's weight is taken as out x (in/g kh kw).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from vismodal.errors import InputError
-from vismodal.methods.base import Built
 from vismodal.methods.lora import LoRA
 from vismodal.methods.lowrank import LowRank
 from vismodal.site import Site
@@ -52,12 +50,10 @@ class PiSSA(LoRA):
 
     survey: ClassVar[str] = "reparameterised: LoRA derivatives"
     paper: ClassVar[str] = "arXiv 2404.02948"
-    factors: ClassVar[type[LowRank]] = Principal
+    pair: ClassVar[type[LowRank]] = Principal
 
-    def build(self, sites: Sequence[Site]) -> Built:
-        built = super().build(sites)
-        for site, module in zip(sites, built.modules, strict=True):
-            have = min(site.tensor.flatten(1).shape)
-            if module.A.shape[0] > have:  # type: ignore[union-attr, index]
-                raise InputError(f"PiSSA: {site.key} has {have} singular triples, fewer than the rank; lower it there")
-        return built
+    def module(self, site: Site, W: Tensor) -> LowRank:
+        rank, have = self.rank_of(site), min(W.flatten(1).shape)
+        if rank > have:
+            raise InputError(f"PiSSA: rank {rank} is too large for {site.key}, which has {have} singular triples")
+        return super().module(site, W)

@@ -3,17 +3,17 @@
     b_0 = x_0,   b_{i+1} = V_i(b_i) + H_i(x_{i+1})         x_0: ... x c before the blocks, x_{i+1}: after block i
     V, H: z -> z + U gelu(D z + d) + u                     D: r x c, U: c x r
 
-The last b stands in for the stream after the last block, so the base's final norm and head read it. Every x is detached:
-the backbone has no graph at all. D and U are Xavier uniform, d and u ~ N(0, 1e-6), as in the official code
+The last b stands in for the stream after the last block, so the base's final norm and head read it. Every x is
+detached: the backbone has no graph at all. D and U are Xavier uniform, d and u ~ N(0, 1e-6), as in the official code
 (modelscope/ms-swift), so that the output begins far from the base's.
 
-On a UNet (site `decoder`) the bypass follows the decoder as in the official code's own test on Stable Diffusion: x_0 is the
-input of the middle block, x_1 its output, and x_2, ... are those of the blocks upwards. Where the resolution or the width changes,
+On a UNet (site `decoder`) the bypass follows the decoder, as in the official code's own test on Stable Diffusion: x_0
+is the input of the middle block, x_1 its output, and x_2, ... are those of the blocks upwards. From x_2 on
 
     b <- C * upsampled(b)                                  C: 3 x 3 convolution with bias, zero at the start
 
-comes before V, and U and u of the last pair are zero: the output is the base's until something is learnt. The tuners
-there are the same as elsewhere, where the official test takes grouped ones.
+comes before V and brings b to the size and width of x. U and u of the last pair are zero, so that the output is the
+base's until something is learnt. The tuners are the same as elsewhere, where that test takes grouped ones.
 
 Swin and conv nets are left out: a bypass beside them needs a downsampling, which the official code has not.
 """

@@ -41,5 +41,7 @@ def over_rows(W: Tensor, v: Tensor) -> Tensor:
 def over_output(layer: nn.Module, parts: Sequence[Part], vectors: Sequence[Tensor], y: Tensor) -> Tensor:
     """One vector for each part, zero over the other rows of the layer, as it multiplies the layer's output y."""
     axis = 1 if isinstance(layer, CHANNELS_SECOND) else channel_axis(layer, y)
-    whole = [v if r is None else F.pad(v, (r[0], y.shape[axis] - r[1])) for v, (_, r, _) in zip(vectors, parts, strict=True)]
+    whole = [
+        v if r is None else F.pad(v, (r[0], y.shape[axis] - r[1])) for v, (_, r, _) in zip(vectors, parts, strict=True)
+    ]
     return sum(whole[1:], whole[0]).to(y.dtype).view(-1, *[1] * (y.dim() - 1 - axis))

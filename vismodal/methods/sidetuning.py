@@ -3,8 +3,8 @@
     y <- sigma(a) y + (1 - sigma(a)) side(x)        x: the model's own input, y: b c, or b n c, or b c h w
 
 x is a picture and y what the base's head or projection reads: the encoding, before a task's own head, which `Tune`
-trains beside it. Where y is tokens (transformers' ViT and DINOv2), side(x) is blended into each. The base has no graph at
-all. With a = 0, as in the official code, base and side count half and half.
+trains beside it. Where y is tokens (transformers' ViT and DINOv2), side(x) is blended into each. The base has no graph
+at all. With a = 0, as in the official code, base and side count half and half.
 
 The side is a convolutional network (`fcn4`, the official one for small pictures, with a linear layer to the base's
 width), a timm model, or a copy of a timm base (`copy`), which may be cut after its first blocks. The paper also begins
@@ -46,7 +46,7 @@ class Blend(SpanModule):
         return x
 
     def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
-        x = context["x"].detach()
+        x = context["x"]
         z = self.side(x.to(next(self.side.parameters()).dtype)).to(y.dtype)
         if z.dim() == 2 and y.dim() == 3:
             z = z[:, None]
@@ -78,7 +78,7 @@ class SideTuning(Method):
         side: "fcn4", the name of a timm model, or "copy" of a base that is a timm model.
         blocks: how many of its first blocks a copy keeps; all of them by default.
         pretrained: begin with timm's weights for the model named.
-        options: of `timm.create_model`, such as {"img_size": 32}.
+        config: arguments of `timm.create_model`, such as {"img_size": 32}.
         alpha: a at the start; sigma(a) is the base's share.
     """
 
@@ -86,7 +86,7 @@ class SideTuning(Method):
     side: str = "fcn4"
     blocks: int | None = None
     pretrained: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
     alpha: float = 0.0
 
     survey: ClassVar[str] = "efficiency: memory"
@@ -98,8 +98,8 @@ class SideTuning(Method):
         super().__post_init__()
         if self.blocks is not None and (self.side != "copy" or self.blocks < 1):
             raise InputError(f"SideTuning: blocks={self.blocks} says how many of its blocks side='copy' keeps")
-        if (self.pretrained or self.options) and self.side in ("fcn4", "copy"):
-            raise InputError(f"SideTuning: pretrained and options are for timm models, not for side={self.side!r}")
+        if (self.pretrained or self.config) and self.side in ("fcn4", "copy"):
+            raise InputError(f"SideTuning: pretrained and config are for timm models, not for side={self.side!r}")
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -128,7 +128,7 @@ class SideTuning(Method):
         if not timm.is_model(self.side):
             raise InputError(f"SideTuning: side={self.side!r} is neither 'fcn4' nor 'copy' nor a timm model")
         return timm.create_model(
-            self.side, self.pretrained, num_classes=site.width, in_chans=channels, **self.options
+            self.side, self.pretrained, num_classes=site.width, in_chans=channels, **self.config
         )  # fmt: skip
 
 
