@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
-from measure import Effort, Row, Time, compare, exact, median, seconds, show
+from measure import Effort, Row, Time, compare, exact, kept_bytes, median, seconds, show
 from peers import CLIP, VIT_S, Case, factors, fill, give, ours, theirs
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
@@ -80,19 +80,7 @@ def loss_of(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def saved_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype) -> int:
-    """Storages that autograd keeps, each once, without the parameters themselves."""
-    before = list(model.parameters())  # held too: peft's MultiheadAttention makes new ones in every forward
-    parameters = {p.untyped_storage().data_ptr() for p in before}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        kept[storage.data_ptr()] = storage  # held, so that no address comes twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss_of(model, x, dtype)
-    return sum(s.nbytes() for address, s in kept.items() if address not in parameters)
+    return kept_bytes(model, lambda: loss_of(model, x, dtype))
 
 
 @torch.no_grad()

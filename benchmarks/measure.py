@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from vismodal.table import markdown
 
@@ -74,6 +75,22 @@ def seconds(call: Callable[[], object]) -> Time:
     gc.enable()
     del kept  # freed outside the measured time
     return taken
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Storages that autograd keeps of a forward, each once, without the parameters themselves."""
+    before = list(model.parameters())  # held too: peft's MultiheadAttention makes new ones in every forward
+    parameters = {p.untyped_storage().data_ptr() for p in before}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(s.nbytes() for address, s in kept.items() if address not in parameters)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ FLOORS = {
     **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "site", "discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
     **dict.fromkeys(("bank", "adapter", "attach"), 2),
-    **dict.fromkeys(("catalogue", "checkpoint", "formats"), 3),
+    **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats"), 3),
     **dict.fromkeys(("losses", "data", "train", "callbacks", "resume", "interrupt", "draw", "report"), 4),
     **dict.fromkeys(("denoise", "diffusion", "evaluate", "prompts", "runs"), 4),
     **dict.fromkeys(("cli", "pipelines", "apps"), 5),

@@ -413,7 +413,7 @@ REFUSED = [
     ("timm-vit_tiny_patch16_224", vm.VPT(sites=("mlp",)), r"prompts go to the blocks, sites=\('block',\)"),
     ("timm-vit_tiny_patch16_224", vm.VPT(sites=("attn.q",)), r"prompts go to the blocks"),
     ("transformers-CLIP", vm.Prefix(), r"made for a fixed number.*where='vision_model\.\*'"),
-    ("timm-vit_tiny_patch16_224", vm.Prefix(sites=("mlp",)), r"prefixes go to attention, sites=\('keys',\)"),
+    ("timm-vit_tiny_patch16_224", vm.Prefix(sites=("mlp",)), r"keys and values go to attention, sites=\('keys',\)"),
     ("timm-beit_base_patch16_224", vm.Prefix(), r"no site of kind 'keys'"),
 ]
 

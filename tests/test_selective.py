@@ -33,7 +33,7 @@ def test_counts_on_vit_base() -> None:
     per_row = vm.adapt(model, vm.SparseMask(criterion="magnitude", per="row", density=1e-6), name="row")
     assert per_row.num_parameters == 12 * (3 * 768 + 768 + 3072 + 768)  # one entry for each neuron
     whole = vm.adapt(model, vm.SparseMask(criterion="magnitude"), name="model")
-    assert whole.num_parameters == round(0.005 * 12 * 12 * 768 * 768)
+    assert abs(whole.num_parameters - 0.005 * 12 * 12 * 768 * 768) < 72  # by site, as long as none are chosen
 
 
 @pytest.mark.parametrize(

@@ -241,12 +241,22 @@ class Trial:
 
 # by glob on their names: those built of blocks with attention and MLP, and of these, those that know their grid
 TRANSFORMERS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin*", "open_clip*", "transformers*", "diffusers*")
-GRIDS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin_*", "open_clip*", "*ViT", "*Dinov2*", "*-CLIP", "*SigLIP")
+GRIDS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin_*", "open_clip-C*", "*own-attention", "*ViT", "*Dinov2*", "*-CLIP", "*SigLIP")
 
 
 # those that take tokens of their own
 TOKENS = ("timm-vit*", "timm-deit*", "timm-swin_*", "open_clip*", "*ViT", "*Dinov2", "*-CLIP", "*SigLIP", "diffusers*")
 SERIES = tuple(glob for glob in TOKENS if "swin" not in glob and "diffusers" not in glob)
+
+
+GATED = tuple(glob for glob in TOKENS if glob not in ("open_clip*", "diffusers*"))
+
+
+def noah(model: nn.Module) -> vm.NOAH:
+    kinds = {s.kind for s in vm.sites(model)}
+    attention = ("attn.qkv",) if "attn.qkv" in kinds else ("attn.q", "attn.k", "attn.v")
+    sizes = {"tokens": (1, 2), "ranks": (1, 2), "widths": (2, 4)}
+    return vm.NOAH(sites=("block", *attention, "mlp"), where=image_tower(model), **sizes)  # type: ignore[arg-type]
 
 
 def prefix(model: nn.Module) -> vm.Prefix:
@@ -299,6 +309,8 @@ METHODS: dict[str, Trial] = {
     "VPT": Trial(lambda m: vm.VPT(tokens=2, where=image_tower(m)), TOKENS),
     "VPTshallow": Trial(lambda m: vm.VPT(sites=("tokens",), tokens=2), SERIES),
     "Prefix": Trial(prefix, TOKENS),
+    "UniPELT": Trial(lambda m: vm.UniPELT(tokens=2, rank=2, width=4, std=0.5, where=image_tower(m)), GATED),
+    "NOAH": Trial(noah, TOKENS),
     "LoHa": Trial(lambda m: vm.LoHa(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
     "LoKr": Trial(lambda m: vm.LoKr(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
     "FacT": Trial(lambda m: vm.FacT(sites=offered(m, FACT_KINDS), rank=2, tucker=True)),

@@ -10,11 +10,13 @@ from vismodal.catalogue import families, methods
 from vismodal.checkpoint import load, save
 from vismodal.clip import CLIPClassifier
 from vismodal.errors import InputError
+from vismodal.evolve import evolve
 from vismodal.methods import (
     BOFT,
     DTL,
     IA3,
     IVLP,
+    NOAH,
     OFT,
     SSF,
     VPT,
@@ -48,6 +50,7 @@ from vismodal.methods import (
     SparseMask,
     TipAdapter,
     Tune,
+    UniPELT,
     VeRA,
 )
 from vismodal.site import Site, Sites, Span, Tower, Weight
@@ -59,6 +62,7 @@ __all__ = [
     "DTL",
     "IA3",
     "IVLP",
+    "NOAH",
     "OFT",
     "SSF",
     "VPT",
@@ -99,10 +103,12 @@ __all__ = [
     "TipAdapter",
     "Tower",
     "Tune",
+    "UniPELT",
     "VeRA",
     "Weight",
     "adapt",
     "attached",
+    "evolve",
     "families",
     "load",
     "methods",

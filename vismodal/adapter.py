@@ -216,7 +216,8 @@ class Adapter:
         if self.merged:
             return []
         trained = any(p.grad is not None for p in self.parameters())
-        return [k for k, m in self.modules.items() if k not in ran or (trained and not _has_gradient(m))]
+        busy = {k: m for k, m in self.modules.items() if not getattr(m, "idle", False)}
+        return [k for k, m in busy.items() if k not in ran or (trained and not _has_gradient(m))]
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {', '.join(map(repr, self.methods.values()))})"

@@ -21,6 +21,7 @@ from vismodal.methods.loha import LoHa
 from vismodal.methods.lokr import LoKr
 from vismodal.methods.lora import LoRA
 from vismodal.methods.maple import MaPLe
+from vismodal.methods.noah import NOAH
 from vismodal.methods.oft import OFT
 from vismodal.methods.pfeiffer import Pfeiffer
 from vismodal.methods.pissa import PiSSA
@@ -34,12 +35,13 @@ from vismodal.methods.sparse import SparseMask
 from vismodal.methods.ssf import SSF
 from vismodal.methods.tipadapter import TipAdapter
 from vismodal.methods.tune import Tune
+from vismodal.methods.unipelt import UniPELT
 from vismodal.methods.vera import VeRA
 from vismodal.methods.vpt import VPT
 
 METHODS: tuple[type[Method], ...] = (
     LoRA, Tune, AdaptFormer, Houlsby, Pfeiffer, AdapterPlus, Convpass, RepAdapter,
-    VPT, Prefix,
+    VPT, Prefix, UniPELT, NOAH,
     LoHa, LoKr, FacT, OFT, BOFT,
     SideTuning, Ladder, ResTuningBypass, DTL,
     DoRA, PiSSA, VeRA, AdaLoRA, DyLoRA, IA3, SSF, BitFit, NormTuning, CrossAttention, LinearProbe, SparseMask,
@@ -52,6 +54,7 @@ __all__ = [
     "IA3",
     "IVLP",
     "METHODS",
+    "NOAH",
     "OFT",
     "SSF",
     "VPT",
@@ -88,6 +91,7 @@ __all__ = [
     "SparseMask",
     "TipAdapter",
     "Tune",
+    "UniPELT",
     "VeRA",
     "WeightModule",
 ]

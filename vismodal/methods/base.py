@@ -50,7 +50,8 @@ class SpanModule(nn.Module):
 
     `context` lasts from an enter to its exit. It is the only place for what is kept in between: under gradient
     checkpointing a tap or an enter may run again with the same context, and must then do the same again, so nothing is
-    accumulated in it. The key "extra" holds how many tokens other modules have joined to the stream before, "aside" a
+    accumulated in it. A module whose method lets it take no part just now says so by an attribute `idle`, and is not
+    dead then. The key "extra" holds how many tokens other modules have joined to the stream before, "aside" a
     function that runs a module of the span on tensors of one's own: `context["aside"]("normed", prompts)`. Adapted
     weights take part in that, spans do not.
     """

@@ -29,7 +29,7 @@ def truncated(std: float) -> Init:
 def drawn(init: Init, *shape: int, device: torch.device | None) -> nn.Parameter:
     """A parameter in fp32 with the same initial values on every device."""
     on = "meta" if device is not None and device.type == "meta" else "cpu"
-    return nn.Parameter(init(torch.empty(*shape, device=on, dtype=torch.float32)).to(device))
+    return nn.Parameter(init(torch.empty(*shape, device=on, dtype=torch.float32)).to(device=device))
 
 
 class Bottleneck(SpanModule):

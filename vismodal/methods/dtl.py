@@ -61,7 +61,8 @@ class SideState(SpanModule):
     def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
         if name in self.writes:
             s = context[f"s.{self.writes[name]}"]
-            y = y + self._convolved(s * torch.sigmoid(self.beta * s), context["extra"]).to(y.dtype)
+            h = F.silu(self.beta * s) / self.beta  # s sigma(beta s), of which autograd then keeps one tensor, not two
+            y = y + self._convolved(h, context["extra"]).to(y.dtype)
         self._read(name, y, context)
         return y
 
@@ -116,8 +117,8 @@ class DTL(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise InputError(f"DTL: rank must be at least 1, not {self.rank}")
+        if self.rank < 1 or self.beta <= 0:
+            raise InputError(f"DTL: rank must be at least 1 and beta above 0, not {self.rank} and {self.beta:g}")
         if self.kernel < 0 or (self.kernel and self.kernel % 2 == 0):
             raise InputError(f"DTL: kernel must be odd, or 0 for none, not {self.kernel}")
         if self.start is not None and self.start < 0:

@@ -4,9 +4,9 @@
 
 It acts on the branch's output before that is added to the stream (after layer scale and drop-path, as the official one
 after dropout). D and U are normal with standard deviation 0.001, cut at two of them, d and u zero: the output at the
-start differs from the base's by about 1e-4 (measured on ViT-B/16 with r = 64). The paper reports 0.01 (section 3.6), the
-official code has 0.001, which is followed; its GELU is the tanh approximation, here it is exact. The paper trains the
-layer norms too: `[Houlsby(), Tune(sites=("norm",))]`.
+start differs from the base's by about 1e-4 (measured on ViT-B/16 with r = 64). The paper reports 0.01 (section 3.6),
+the official code has 0.001, which is followed; its GELU is the tanh approximation, here it is exact. The paper trains
+the layer norms too: `[Houlsby(), Tune(sites=("norm",))]`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule, share
 from vismodal.methods.bottleneck import drawn, kaiming, zeros
-from vismodal.methods.tokens import key_width, refuse
+from vismodal.methods.tokens import JoinedKeys, key_width, refuse, why_no_keys
 from vismodal.site import Site
 
 
@@ -51,40 +51,31 @@ class Prefixes(SpanModule):
 
     def __init__(self, site: Site, tokens: int, width: int, hidden: int, std: float):
         super().__init__()
-        self.p, self.hidden = tokens, hidden
+        self.hidden = hidden
         if hidden:
             self.W2 = drawn(kaiming, 2 * width, hidden, device=site.device)
             self.b2 = drawn(zeros, 2 * width, device=site.device)
         else:
             self.P = drawn(partial(nn.init.normal_, std=std), 2, tokens, width, device=site.device)
 
-    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
-        W2P = F.linear(self.shared(), self.W2, self.b2) if self.hidden else None  # p 2d
-        context["k"], context["v"] = (self.P if W2P is None else W2P.unflatten(1, (2, -1)).transpose(0, 1)).to(x.dtype)
-        return x
+    def keys(self, x: Tensor) -> Tensor:
+        """P_k and P_v: 2 1 p d, in the dtype of x."""
+        if not self.hidden:
+            return self.P[:, None].to(x.dtype)
+        P = F.linear(self.shared(), self.W2, self.b2)  # p 2d
+        return P.unflatten(1, (2, -1)).transpose(0, 1)[:, None].to(x.dtype)
 
 
-class Joined(Prefixes):
+class Joined(Prefixes, JoinedKeys):
     """Through zero tokens behind the others."""
-
-    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
-        context["at"] = x.shape[1]
-        return F.pad(super().enter(x, context), (0, 0, 0, self.p))
-
-    def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
-        if name == "q":
-            return y
-        at, k, v = context["at"], context["k"], context["v"]
-        new = torch.cat((torch.zeros_like(k), k, v), -1) if name == "qkv" else context[name]
-        return torch.cat((y[:, :at], new.to(y.dtype).expand(len(y), -1, -1), y[:, at + self.p :]), 1)
-
-    def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
-        at = context["at"]
-        return torch.cat((y[:, :at], y[:, at + self.p :]), 1)
 
 
 class Longer(Prefixes):
     """Behind keys and values whose number may differ from that of the queries."""
+
+    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        context["k"], context["v"] = self.keys(x)
+        return x
 
     def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
         return torch.cat((y, context[name].to(y.dtype).expand(len(y), -1, -1)), 1)
@@ -93,8 +84,12 @@ class Longer(Prefixes):
 class Biases(Prefixes):
     """As the further keys and values of `nn.MultiheadAttention`, p 1 d, behind those that it has."""
 
+    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        context["keys"] = self.keys(x)
+        return x
+
     def values(self, module: nn.Module, context: dict[str, Any]) -> Mapping[str, Any]:
-        new = {"bias_k": context["k"][:, None], "bias_v": context["v"][:, None]}
+        new = dict(zip(("bias_k", "bias_v"), context["keys"].transpose(1, 2), strict=True))
         old = {name: getattr(module, name) for name in new}
         return {name: t if old[name] is None else torch.cat((old[name].to(t.dtype), t)) for name, t in new.items()}
 
@@ -127,10 +122,10 @@ class Prefix(Method):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        return not _why_not(site)
+        return not why_no_keys(site)
 
     def build(self, sites: Sequence[Site]) -> Built:
-        refuse("Prefix", sites, _why_not)
+        refuse("Prefix", sites, why_no_keys)
         modules = tuple(self._module(site) for site in sites)
         if not self.hidden:
             return Built(modules)
@@ -147,9 +142,3 @@ def _form(site: Site) -> type[Prefixes]:
     if isinstance(site.modules["enter"], nn.MultiheadAttention):
         return Biases
     return Longer if site.modules.keys() == {"enter", "exit", "k", "v"} else Joined
-
-
-def _why_not(site: Site) -> str:
-    if site.span is None or site.kind.rpartition(".")[2] != "keys":
-        return "prefixes go to attention, sites=('keys',), and in a UNet also ('keys', 'xattn.keys')"
-    return site.fixed

@@ -71,7 +71,7 @@ class Fold(WeightModule):
     @classmethod
     def can_update(cls, layer: nn.Module) -> bool:
         plain = type(layer).forward is nn.Linear.forward
-        return plain and layer.weight.is_floating_point()  # type: ignore[operator, union-attr]
+        return plain and layer.weight.is_floating_point()  # type: ignore[operator]
 
     @classmethod
     def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:

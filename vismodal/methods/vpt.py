@@ -18,57 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import ClassVar
 
 from vismodal.errors import InputError
-from vismodal.methods.base import Built, Method, SpanModule
-from vismodal.methods.bottleneck import drawn
-from vismodal.methods.tokens import refuse
+from vismodal.methods.base import Built, Method
+from vismodal.methods.tokens import Prompts, WindowPrompts, has_windows, refuse, why_no_prompts
 from vismodal.site import Site
-
-
-class Prompts(SpanModule):
-    """p tokens after the class and register tokens, from where the span begins to where it ends."""
-
-    def __init__(self, site: Site, tokens: int, bound: float, dropout: float):
-        super().__init__()
-        self.place = site.layout.prefix if site.layout else 0
-        self.dropout = dropout
-        self.P = drawn(partial(nn.init.uniform_, a=-bound, b=bound), tokens, site.width, device=site.device)
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """For every row of x: b p d."""
-        P = self.P.to(x.dtype).expand(len(x), -1, -1)
-        return F.dropout(P, self.dropout) if self.training and self.dropout else P
-
-    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
-        return torch.cat((x[:, : self.place], self.tokens(x), x[:, self.place :]), 1)
-
-    def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
-        return torch.cat((y[:, : self.place], y[:, self.place + len(self.P) :]), 1)
-
-
-class WindowPrompts(Prompts):
-    """The same p tokens behind those of every window, normed like them."""
-
-    def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
-        return x
-
-    def feed(self, name: str, x: Tensor, context: dict[str, Any]) -> Tensor:
-        if name != "windows":
-            return x
-        return torch.cat((x, context["aside"]("norm", self.tokens(x[:1])).to(x.dtype).expand(len(x), -1, -1)), 1)
-
-    def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
-        return y[:, : y.shape[1] - len(self.P)] if name == "windows" else y
-
-    def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
-        return y
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -99,24 +54,12 @@ class VPT(Method):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        return not _why_not(site)
+        return not why_no_prompts(site)
 
     def build(self, sites: Sequence[Site]) -> Built:
-        refuse("VPT", sites, _why_not)
+        refuse("VPT", sites, why_no_prompts)
         return Built(tuple(self._module(site) for site in sites))
 
     def _module(self, site: Site) -> Prompts:
-        kind = WindowPrompts if _has_windows(site) else Prompts
+        kind = WindowPrompts if has_windows(site) else Prompts
         return kind(site, self.tokens, math.sqrt(6 / (3 * self.patch_size**2 + site.width)), self.dropout)
-
-
-def _has_windows(site: Site) -> bool:
-    return site.span is not None and "windows" in site.span.room
-
-
-def _why_not(site: Site) -> str:
-    if site.span is None or site.kind not in ("block", "tokens"):
-        return "prompts go to the blocks, sites=('block',), or over all of them, sites=('tokens',)"
-    if site.span.channels != -1 or not site.width:
-        return "it has no stream of tokens of a known width"
-    return "" if _has_windows(site) else site.fixed
