@@ -14,7 +14,13 @@ from zoo import BY_NAME, fixed, word_ids
 import vismodal as vm
 from vismodal.paths import asset
 
-NAMES = ("open_clip-CLIP", "open_clip-CustomTextCLIP", "open_clip-timm-tower", "transformers-CLIP", "transformers-SigLIP")
+NAMES = (
+    "open_clip-CLIP",
+    "open_clip-CustomTextCLIP",
+    "open_clip-timm-tower",
+    "transformers-CLIP",
+    "transformers-SigLIP",
+)
 CLASSES = ("cat", "dog", "ship")
 EXACT = 1e-12
 WORDS = "a photo of a"
@@ -24,7 +30,9 @@ def clip(name: str = "open_clip-CLIP") -> nn.Module:
     return BY_NAME[name].model().double().requires_grad_(False)
 
 
-def classifier(name: str = "open_clip-CLIP", templates: Any = f"{WORDS} {{}}.", classes: Sequence[str] = CLASSES) -> Any:
+def classifier(
+    name: str = "open_clip-CLIP", templates: Any = f"{WORDS} {{}}.", classes: Sequence[str] = CLASSES
+) -> Any:
     return vm.CLIPClassifier(clip(name), word_ids, classes, templates)
 
 

@@ -241,7 +241,8 @@ class Trial:
 
 # by glob on their names: those built of blocks with attention and MLP, and of these, those that know their grid
 TRANSFORMERS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin*", "open_clip*", "transformers*", "diffusers*")
-GRIDS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin_*", "open_clip-C*", "*own-attention", "*ViT", "*Dinov2*", "*-CLIP", "*SigLIP")
+GRIDS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin_*", "open_clip-C*", "*-own-*")
+GRIDS += ("*ViT", "*Dinov2*", "*-CLIP", "*SigLIP")
 
 
 # those that take tokens of their own
@@ -249,7 +250,7 @@ TOKENS = ("timm-vit*", "timm-deit*", "timm-swin_*", "open_clip*", "*ViT", "*Dino
 SERIES = tuple(glob for glob in TOKENS if "swin" not in glob and "diffusers" not in glob)
 
 
-GATED = tuple(glob for glob in TOKENS if glob not in ("open_clip*", "diffusers*"))
+GATED = ("timm-vit*", "timm-deit*", "timm-swin_*", "transformers-ViT", "*Dinov2", "transformers-CLIP", "*s-SigLIP")
 
 
 def noah(model: nn.Module) -> vm.NOAH:

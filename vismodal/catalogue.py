@@ -6,6 +6,10 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import cast
+
+import torch
+from torch import nn
 
 from vismodal.errors import InputError
 from vismodal.families import installed
@@ -30,7 +34,7 @@ class Listing:
 
 def methods() -> Listing:
     """Every method: its class in the survey arXiv 2403.14608, paper, the families that offer its default sites, whether
-    it merges, and its size on timm's ViT-B/16 with the defaults."""
+    it merges, and its size with the defaults on timm's ViT-B/16, or on a classifier over CLIP's ViT-B/16."""
     head = ["method", "class in the survey", "paper", "default sites", "families", "merges", "parameters on ViT-B/16"]
     kinds = {family.NAME: kinds_of(family) for family in installed()}
     return Listing(head, [_row(m, kinds) for m in METHODS])
@@ -38,26 +42,50 @@ def methods() -> Listing:
 
 def _row(method: type[Method], kinds: dict[str, set[str]]) -> list[str]:
     sites = method().sites
-    families = [name for name, offered in kinds.items() if all(fnmatch.filter(offered, site) for site in sites)]
+    families = _offering(kinds, sites) or _offering(_with_held(kinds), sites)
     merges = "yes" if method.mergeable else "no"
     return [
         method.__name__, method.survey, method.paper, ", ".join(sites), ", ".join(families), merges, _count(method)
     ]  # fmt: skip
 
 
-def _count(method: type[Method]) -> str:
-    """Parameters with the defaults, on a model without storage; a dash where it needs more than a plain ViT."""
-    import timm
-    import torch
+def _offering(kinds: dict[str, set[str]], sites: Sequence[str]) -> list[str]:
+    return [name for name, offered in kinds.items() if all(fnmatch.filter(offered, site) for site in sites)]
 
+
+def _with_held(kinds: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The kinds of families whose models hold those of other libraries, along with theirs."""
+    holds = {family.NAME: family.HOLDS for family in installed() if hasattr(family, "HOLDS")}
+    return {name: kinds[name].union(*(kinds.get(other, ()) for other in held)) for name, held in holds.items()}
+
+
+def _count(method: type[Method]) -> str:
+    """Parameters with the defaults, on a model without storage; a dash where it takes neither a ViT nor a CLIP."""
     from vismodal.attach import adapt
 
-    with torch.device("meta"):
-        model = timm.create_model("vit_base_patch16_224")
+    for build in (_vit, _classifier):
         try:
-            return f"{adapt(model, method()).num_parameters:,}"
-        except InputError:
-            return "-"
+            return f"{adapt(build(), method()).num_parameters:,}"
+        except (InputError, ImportError):
+            continue
+    return "-"
+
+
+def _vit() -> nn.Module:
+    import timm
+
+    with torch.device("meta"):
+        return cast(nn.Module, timm.create_model("vit_base_patch16_224"))
+
+
+def _classifier() -> nn.Module:
+    import open_clip
+
+    from vismodal.clip import CLIPClassifier
+
+    with torch.device("meta"):
+        model = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16"))
+    return CLIPClassifier(model, open_clip.tokenizer.SimpleTokenizer(), ["cat", "dog"])
 
 
 def kinds_of(family: ModuleType) -> set[str]:

@@ -58,7 +58,7 @@ def evolve(
 
     Args:
         adapter: with `NOAH` among its methods.
-        score: of the model as it stands, larger is better: its accuracy on validation data. Runs without gradients.
+        score: of the model in eval mode, larger is better: its accuracy on validation data. Runs without gradients.
         budget: parameters of a subnet, heads and other methods not counted.
         generations: how many; the first one is random.
         population: subnets of a generation.
@@ -75,6 +75,8 @@ def evolve(
     for name, value in (("generations", generations), ("population", population), ("parents", parents)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    if any(m.training for m in modules):
+        raise InputError("the model is in train mode, where subnets are drawn; call model.eval() before the search")
     random, space = Random(f"{seed} evolve"), method.space(modules)
     least = method.count(modules, space.smallest())
     if least > budget:

@@ -9,6 +9,7 @@ from vismodal.site import Span, Table
 
 NAME = "vismodal"
 MODELS = "CLIPClassifier over CLIP or SigLIP of open_clip or transformers"
+HOLDS = ("open_clip", "transformers")
 
 TOWERS = (  # the token embedding, the blocks
     ("model.token_embedding", "model.transformer.resblocks.*"),

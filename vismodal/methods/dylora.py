@@ -44,7 +44,7 @@ class Nested(LowRank):
         ranks = cast(Ranks, self.shared)
         b = cast(Tensor, ranks.drawn if self.training else ranks.used)
         order = torch.arange(self.A.shape[0], device=b.device)
-        A, B = self.A, self.B
+        A, B = super().factors()
         if self.training and self.frozen:
             trained = order == b - 1
             A = torch.where(_over(trained, A), A, A.detach())

@@ -5,10 +5,9 @@
     MLP         y + U_i[:, :w_i] quickgelu(D_i[:w_i] y + d_i[:w_i]) + u_i      D: w x d, U: d x w
 
 A subnet is the sizes p_i, r_i and w_i of every block: choices for the first so many blocks, zero for the others. All
-subnets share one set of tensors, of which they use the first rows and columns. While the supernet is trained, every
-update has its subnet, drawn from `seed` and the update's number alone; the first and what stands after the last is the
-largest. Then `vismodal.evolve` searches the best subnet within a budget of parameters, and `NOAH(subnet=...)` trains
-that one anew.
+subnets share one set of tensors, of which they use the first rows and columns. In train mode every update has its
+subnet, drawn from `seed` and the update's number alone; in eval mode the largest acts, or the one that was chosen.
+`vismodal.evolve` searches the best within a budget of parameters, and `NOAH(subnet=...)` trains that one anew.
 
 A and D begin as in the official code (Kaiming, Xavier), B and U are zero. There all are drawn again when the model is
 built, B too, against the paper's intent. Prompts stand at the sequence's end there, which attention does not see, and
@@ -41,23 +40,30 @@ from vismodal.site import Site
 class Elastic(nn.Module):
     """Uses the first `size` rows of its tensors; `gene` is the place of its size in a subnet."""
 
+    drawn: Tensor
     chosen: Tensor
 
     def stretch(self, part: int, gene: int, size: int, each: int, once: int, device: torch.device | None) -> None:
         """`each` parameters for a size of one, and `once` some for any size but none."""
-        self.part, self.gene, self.largest, self.size = part, gene, size, size
+        self.part, self.gene, self.largest = part, gene, size
         self.each, self.once = each, once
-        self.register_buffer("chosen", torch.tensor(size, device=device))  # what checkpoints hold of it
+        self.sizes = {"drawn": size, "chosen": size}
+        for name in self.sizes:  # what files and checkpoints hold of them
+            self.register_buffer(name, torch.tensor(size, device=device))
+
+    @property
+    def size(self) -> int:
+        return self.sizes["drawn" if self.training else "chosen"]
 
     @property
     def idle(self) -> bool:
         return self.size == 0
 
-    def choose(self, size: int) -> None:
+    def set(self, name: str, size: int) -> None:
         if not 0 <= size <= self.largest:
             raise InputError(f"a subnet cannot have size {size} where the supernet has {self.largest}")
-        self.size = size
-        self.chosen.fill_(size)
+        self.sizes[name] = size
+        getattr(self, name).fill_(size)
 
     def count(self, size: int) -> int:
         """Parameters at a size."""
@@ -159,7 +165,9 @@ class NOAH(Method):
         if self.subnet and len(self.subnet) != len(genes):
             raise InputError(f"NOAH: subnet has {len(self.subnet)} sizes, but the blocks here take {len(genes)}")
         places = {gene: i for i, gene in enumerate(genes)}
-        return Built(tuple(self._module(site, places[_gene(site)]) for site in sites))
+        modules = tuple(self._module(site, places[_gene(site)]) for site in sites)
+        self.step(modules, 0, 0)
+        return Built(modules)
 
     def _module(self, site: Site, gene: int) -> Elastic:
         part = _part(site)
@@ -191,14 +199,15 @@ class NOAH(Method):
 
     @staticmethod
     def choose(modules: Sequence[nn.Module], subnet: Sizes) -> None:
-        """Lets a subnet act."""
+        """Lets a subnet act in eval mode."""
         for m in _elastic(modules):
-            m.choose(subnet[m.gene])
+            m.set("chosen", subnet[m.gene])
 
     @staticmethod
-    def chosen(modules: Sequence[nn.Module]) -> Sizes:
-        """The subnet that acts."""
-        return _by_gene(modules, "size")
+    def chosen(modules: Sequence[nn.Module], training: bool = False) -> Sizes:
+        """The subnet that acts in eval mode, or while training."""
+        sizes = {m.gene: m.sizes["drawn" if training else "chosen"] for m in _elastic(modules)}
+        return tuple(sizes[gene] for gene in sorted(sizes))
 
     @staticmethod
     def count(modules: Sequence[nn.Module], subnet: Sizes) -> int:
@@ -206,22 +215,19 @@ class NOAH(Method):
         return sum(m.count(subnet[m.gene]) for m in _elastic(modules))
 
     def step(self, modules: Sequence[nn.Module], step: int, steps: int) -> None:
-        if not self.subnet:
-            drawn = self.space(modules).draw(Random(f"{self.seed} noah {step}"))
-            self.choose(modules, drawn if step < steps else _by_gene(modules, "largest"))
+        if self.subnet:
+            return
+        subnet = self.space(modules).draw(Random(f"{self.seed} noah {step}"))
+        for m in _elastic(modules):
+            m.set("drawn", subnet[m.gene])
 
     def resize(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        if "chosen" in tensors:
-            cast(Elastic, module).choose(int(tensors["chosen"]))
+        for name in {"drawn", "chosen"} & tensors.keys():
+            cast(Elastic, module).set(name, int(tensors[name]))
 
 
 def _elastic(modules: Sequence[nn.Module]) -> Sequence[Elastic]:
     return cast(Sequence[Elastic], modules)
-
-
-def _by_gene(modules: Sequence[nn.Module], attribute: str) -> Sizes:
-    values = {m.gene: getattr(m, attribute) for m in _elastic(modules)}
-    return tuple(values[gene] for gene in sorted(values))
 
 
 def _part(site: Site) -> int:

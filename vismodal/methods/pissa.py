@@ -41,7 +41,8 @@ class Principal(LowRank):
         self.register_buffer("B0", self.B.detach().clone())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], 1)
+        A0, B0 = self.get_buffer("A0"), self.get_buffer("B0")
+        return torch.cat([self.A, self.A - A0]), torch.cat([self.B - B0, B0], 1)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

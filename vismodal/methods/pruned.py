@@ -65,7 +65,7 @@ class Block(nn.Module):
 Big = Mapping[str, Site]  # the sites of one block of the base, by kind
 
 
-def blocks_of(site: Site) -> list[Big]:
+def blocks_of(site: Site) -> Sequence[Big]:
     """The weights and spans of each block within a site over blocks. Raises `InputError` where a matrix is missing."""
     blocks: list[dict[str, Site]] = [{} for _ in range(site.depth)]
     for s in site.within:
@@ -90,8 +90,8 @@ def prune(big: Big, small: Block, channels: Tensor) -> None:
     units, those whose rows are largest on them."""
     q, k, v, up = (_matrix(big[kind])[:, channels] for kind in ("attn.q", "attn.k", "attn.v", "mlp.up"))
     gate = _matrix(big["mlp.gate"])[:, channels] if small.gate is not None else None
-    score = sum(W.abs().sum(1) for W in (q, k, v))
-    inner = _of_each(score, small.heads, len(channels) // small.heads, big["attn.q"])
+    size = q.abs().sum(1) + k.abs().sum(1) + v.abs().sum(1)
+    inner = _of_each(size, small.heads, len(channels) // small.heads, big["attn.q"])
     hidden = _largest(up.abs().sum(1) + (0 if gate is None else gate.abs().sum(1)), small.up.weight.shape[0])
     for linear, kind, W in ((small.q, "attn.q", q), (small.k, "attn.k", k), (small.v, "attn.v", v)):
         _copy(linear, W[inner], big[kind].bias, inner)

@@ -107,8 +107,10 @@ def why_no_keys(site: Site) -> str:
 
 def refuse(method: str, sites: Sequence[Site], why_not: Callable[[Site], str]) -> None:
     """Raises `InputError` for a site that cannot take tokens, with the reason and the `where` that leaves it out."""
-    able = dict.fromkeys(s.path.partition(".")[0] for s in sites if not why_not(s))
-    hint = f"; where='{next(iter(able))}.*' takes those that can" if able else ""
+    heads = {s.path.partition(".")[0]: "" for s in sites}
+    heads |= {s.path.partition(".")[0]: why_not(s) for s in sites if why_not(s)}
+    able = [head for head, why in heads.items() if not why]
+    hint = f"; where='{able[0]}.*' takes those that can" if able else ""
     for site in sites:
         if why := why_not(site):
             raise InputError(f"{method} cannot join tokens to {site.key} ({site.kind}): {why}{hint}")
