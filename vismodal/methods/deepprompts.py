@@ -19,6 +19,7 @@ from vismodal.clip import Texts
 from vismodal.errors import InputError
 from vismodal.methods.base import SpanModule
 from vismodal.methods.bottleneck import drawn
+from vismodal.methods.tokens import drop, join, overwrite
 from vismodal.site import Site
 
 
@@ -31,9 +32,9 @@ class Context(NamedTuple):
     words: Tensor | None  # n d, the embeddings of the words
 
 
-def context(site: Site, words: str, n: int | None, otherwise: int = 16) -> Context:
+def context(site: Site, words: str, n: int | None) -> Context:
     """Prompts "{words} {class}." with the first n tokens of the words as context, all of them where n is None; without
-    words "{class}." with n tokens that stand for any, `otherwise` where n is None.
+    words "{class}." with n tokens that stand for any, 16 where n is None.
 
     Raises `InputError` where the words have fewer tokens than n or run into the names, or a prompt does not fit.
     """
@@ -41,7 +42,7 @@ def context(site: Site, words: str, n: int | None, otherwise: int = 16) -> Conte
     empty, one = texts.tokenize(["", words or texts.classes[0]]).tolist()
     start = next(i for i, (a, b) in enumerate(zip(empty, one, strict=True)) if a != b)
     if not words:
-        n = otherwise if n is None else n
+        n = 16 if n is None else n
         ids = _with_room(texts, texts.tokenize([f"{name}." for name in texts.classes]), start, n, empty)
         return Context(ids.to(texts.ids.device), start, n, None)
     there = one.index(empty[start], start) - start
@@ -49,7 +50,7 @@ def context(site: Site, words: str, n: int | None, otherwise: int = 16) -> Conte
     if n > there:
         raise InputError(f"{words!r} has {there} tokens, fewer than the {n} asked for; give more words, or words=''")
     ids = texts.tokenize([f"{words} {name}." for name in texts.classes])
-    if not (ids[:, start : start + n].tolist() == [one[start : start + n]] * len(ids)):
+    if ids[:, start : start + n].tolist() != [one[start : start + n]] * len(ids):
         raise InputError(f"the tokenizer runs {words!r} and the names of the classes together; take other words")
     embedding = cast(nn.Embedding, site.modules["tokens"])
     return Context(ids.to(texts.ids.device), start, n, embedding.weight.detach()[one[start : start + n]].float())
@@ -127,16 +128,14 @@ class ImagePrompts(SpanModule):
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
         context["behind"] = x.shape[1] - self.place  # whatever others join before P_0 later
-        P = self.prompts(0).to(x.dtype).expand(len(x), -1, -1)
-        return torch.cat((x[:, : self.place], P, x[:, self.place :]), 1)
+        return join(x, self.prompts(0), self.place)
 
     def tap(self, name: str, y: Tensor, context: dict[str, Any]) -> Tensor:
         j = 1 + int(name.rpartition(".")[2])
         return overwrite(y, self.prompts(j), self._start(y, context)) if j < self.depth else y
 
     def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
-        start = self._start(y, context)
-        return torch.cat((y[:, :start], y[:, start + self.n :]), 1)
+        return drop(y, self.n, self._start(y, context))
 
     def _start(self, y: Tensor, context: dict[str, Any]) -> int:
         return y.shape[1] - int(context["behind"]) - self.n
@@ -151,12 +150,6 @@ class DeepImages(ImagePrompts):
 
     def prompts(self, j: int) -> Tensor:
         return self.Q[j]
-
-
-def overwrite(x: Tensor, P: Tensor, start: int) -> Tensor:
-    """x: b n d with the rows of P in the places from `start`."""
-    P = P.to(x.dtype).expand(len(x), -1, -1)
-    return torch.cat((x[:, :start], P, x[:, start + P.shape[1] :]), 1)
 
 
 def why_no_text(site: Site) -> str:

@@ -16,6 +16,25 @@ from vismodal.methods.bottleneck import drawn
 from vismodal.site import Site
 
 
+def join(x: Tensor, P: Tensor, start: int) -> Tensor:
+    """x: b n d with P, b p d or p d, between its rows from `start`."""
+    return torch.cat((x[:, :start], _rows(P, x), x[:, start:]), 1)
+
+
+def overwrite(x: Tensor, P: Tensor, start: int) -> Tensor:
+    """x: b n d with P, b p d or p d, in the places of its rows from `start`."""
+    return torch.cat((x[:, :start], _rows(P, x), x[:, start + P.shape[-2] :]), 1)
+
+
+def drop(x: Tensor, p: int, start: int) -> Tensor:
+    """x: b n d without p of its rows from `start`."""
+    return torch.cat((x[:, :start], x[:, start + p :]), 1)
+
+
+def _rows(P: Tensor, x: Tensor) -> Tensor:
+    return P.to(x.dtype).expand(len(x), -1, -1)
+
+
 class Prompts(SpanModule):
     """P: p x d, after the class and register tokens, from where the span begins to where it ends."""
 
@@ -35,10 +54,10 @@ class Prompts(SpanModule):
         return F.dropout(P, self.dropout) if self.training and self.dropout else P
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
-        return torch.cat((x[:, : self.place], self.tokens(x), x[:, self.place :]), 1)
+        return join(x, self.tokens(x), self.place)
 
     def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
-        return torch.cat((y[:, : self.place], y[:, self.place + len(self.prompts()) :]), 1)
+        return drop(y, len(self.prompts()), self.place)
 
 
 class WindowPrompts(Prompts):
