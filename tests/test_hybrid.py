@@ -311,9 +311,9 @@ def test_drawing_mutating_crossing_and_shrinking_stay_in_the_space() -> None:
     assert 0.3 < sum(a != b for a, b in zip(drawn, mutated, strict=True)) / 300 < 0.95
     assert [SPACE.mutate(s, random, 0.0, 1.0) for s in drawn] == drawn
     a, b = drawn[:2]
-    for _ in range(20):
-        child = SPACE.cross(a, b, random)
-        assert all(c in (x, y) for c, x, y in zip(*map(SPACE.split, (child, a, b)), strict=True))
+    children = [SPACE.split(SPACE.cross(a, b, random)) for _ in range(40)]
+    for i, parents in enumerate(zip(SPACE.split(a), SPACE.split(b), strict=True)):
+        assert {child[i] for child in children} == set(parents)
     subnet: tuple[int, ...] | None = (5, 5, 5, 5, 2, 2, 2, 2, 2)
     while subnet != SPACE.smallest():
         assert subnet is not None
@@ -346,6 +346,24 @@ def test_the_search_finds_the_best_subnet_within_the_budget(capsys: pytest.Captu
     assert vm.adapt(model, found.method).num_parameters == budget
     with pytest.raises(vm.InputError, match=r"has no supernet to search"):
         vm.evolve(vm.adapt(model, vm.LoRA(), name="lora"), score, budget)
+
+
+def test_children_of_the_best_are_better_than_random_ones() -> None:
+    adapter, method, modules = supernet(vit(depth=8))
+    best = {}
+    for children in (20, 0):
+        found = vm.evolve(
+            adapter,
+            lambda: -math.dist(method.chosen(modules), (3, 1, 3, 1, 0, 0, 0, 0, *[4] * 8, *[3, 5] * 4)),
+            10**9,
+            generations=10,
+            population=40,
+            mutations=children,
+            crossings=children,
+            rate=0.3,
+        )
+        best[children] = found.score
+    assert best[20] > -2 > best[0]
 
 
 def test_the_search_stops_where_there_is_nothing_to_find() -> None:

@@ -493,6 +493,10 @@ def test_adalora_prunes_as_the_paper_does_and_resumes_exactly() -> None:
         got = [m.l for m in adapter.modules.values()]
         assert all(torch.equal(a == 0, b == 0) for a, b in zip(got, want, strict=True)), step
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), step
+        for m, I, U in zip(adapter.modules.values(), allocator.I, allocator.U, strict=True):
+            for name in "PlQ":
+                assert close(m.get_buffer(f"M_{name}"), I[name], 1e-6)
+                assert close(m.get_buffer(f"U_{name}"), U[name], 1e-6)
         budgets.append(sum(int((l != 0).sum()) for l in got))
         if step == half:
             saved = {"adapter": {k: v.clone() for k, v in adapter.state_dict().items()}}

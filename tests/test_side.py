@@ -145,7 +145,7 @@ def test_dtl_of_a_unet_goes_from_encoder_to_decoder_at_each_resolution() -> None
     shake(adapter, 0.2)
     base = copy.deepcopy(model)
     vm.use(base)
-    assert list(adapter.modules) == ["dtl/:features.0", "dtl/:features.1"]
+    assert list(adapter.modules) == ["dtl/:features.stage.0", "dtl/:features.stage.1"]
     for level, m in enumerate(adapter.modules.values()):
         seen: list[Tensor] = []
 
@@ -562,9 +562,10 @@ def test_a_copied_side_learns_alone() -> None:
     ("name", "method", "message"),
     [
         ("timm-vit_tiny_patch16_224", vm.Ladder(), r"24 channels, which reduction=8 and head=8 do not divide"),
-        ("timm-swin_tiny_patch4_window7_224", vm.Ladder(), r"one width over all blocks"),
-        ("timm-swin_tiny_patch4_window7_224", vm.ResTuningBypass(), r"one width over all blocks"),
-        ("diffusers-SD1.5", vm.Ladder(), r"one width over all blocks"),
+        ("timm-swin_tiny_patch4_window7_224", vm.Ladder(), r"no site of kind 'features'"),
+        ("timm-swin_tiny_patch4_window7_224", vm.Ladder(sites=("features.stage",)), r"one width over all blocks"),
+        ("timm-swin_tiny_patch4_window7_224", vm.ResTuningBypass(sites="features.stage"), r"one width over all blocks"),
+        ("diffusers-SD1.5", vm.Ladder(), r"no site of kind 'features'"),
         ("diffusers-SD1.5", vm.SideTuning(side="resnet18"), r"puts out a map, and 'resnet18' a vector"),
         ("diffusers-SD1.5", vm.SideTuning(side="copy"), r"puts out a map"),
         ("timm-vit_tiny_patch16_224", vm.SideTuning(side="rasnet18"), r"'rasnet18' is neither .* nor a timm model"),

@@ -40,6 +40,7 @@ AT_ONCE = 1024  # prompts that go through the text tower together
 class Step(nn.Module):
     """A step of the classifier. It runs a part of the model, which is not its child: the classifier holds that once."""
 
+    model: nn.Module
     width: int = 0  # D
 
     def __init__(self, model: nn.Module):

@@ -83,6 +83,18 @@ def evolve(
         raise InputError(f"the smallest subnet has {least:,} parameters, above the budget of {budget:,}")
     scores: dict[Sizes, float] = {}
 
+    def best() -> list[Sizes]:
+        return sorted(scores, key=scores.__getitem__, reverse=True)[:parents]
+
+    def mutated() -> Sizes:
+        return space.mutate(random.choice(best()), random, rate, deepen)
+
+    def crossed() -> Sizes:
+        return space.cross(random.choice(best()), random.choice(best()), random)
+
+    def drawn() -> Sizes:
+        return _within(method, modules, space, random, budget)
+
     def new(subnet: Sizes) -> bool:
         return subnet not in scores and method.count(modules, subnet) <= budget
 
@@ -91,12 +103,8 @@ def evolve(
     try:
         with torch.no_grad(), tqdm(total=generations * population, desc="searching", mininterval=quiet) as bar:
             for generation in range(generations):
-                best = sorted(scores, key=scores.__getitem__, reverse=True)[:parents]
-                sources: list[Source] = [(lambda: _within(method, modules, space, random, budget), population)]
-                if best:
-                    sources.insert(0, (lambda b=best: space.mutate(random.choice(b), random, rate, deepen), mutations))
-                    sources.insert(1, (lambda b=best: space.cross(*random.choices(b, k=2), random), crossings))
-                for subnet in _generation(sources, population, new):
+                children: list[Source] = [(mutated, mutations), (crossed, crossings)] if scores else []
+                for subnet in _generation([*children, (drawn, population)], population, new):
                     method.choose(modules, subnet)
                     scores[subnet] = float(score())
                     bar.update()

@@ -38,7 +38,7 @@ def level(i: int) -> Span:
     """The residual blocks of one resolution: the decoder's, which read the encoder's ("skip") besides."""
     taps = {"skip": f"down_blocks.{i}.resnets.*", "block": f"up_blocks.-{i + 1}.resnets.*"}
     first, last = f"down_blocks.{i}.resnets.0", f"up_blocks.-{i + 1}.resnets.-1"
-    return Span("features", first, last, taps, f"{first}.conv2", channels=1, name=str(i))
+    return Span("features.stage", first, last, taps, f"{first}.conv2", channels=1, name=str(i))
 
 
 LEVELS = tuple(level(i) for i in range(8))  # a UNet has as many of them as it has blocks downwards

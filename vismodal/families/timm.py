@@ -73,7 +73,7 @@ ALL_BLOCKS = (
 
 def stage(norm: str, channels: int = -1) -> Span:
     """The blocks of one stage, which have one width."""
-    return Span("features", "blocks.0", "blocks.-1", {"block": "blocks.*"}, f"blocks.0.{norm}", channels)
+    return Span("features.stage", "blocks.0", "blocks.-1", {"block": "blocks.*"}, f"blocks.0.{norm}", channels)
 
 
 def model(first: str, last: str, width: str, when: Callable[[Any], bool] | None = None) -> Span:

@@ -105,7 +105,7 @@ class DTL(Method):
             second half of the blocks. Of a UNet it counts the decoder's blocks of each resolution, by default all.
     """
 
-    sites: tuple[str, ...] = ("features",)
+    sites: tuple[str, ...] = ("features*",)
     rank: int = 2
     beta: float = 100.0
     kernel: int = 0
@@ -126,7 +126,7 @@ class DTL(Method):
 
     @classmethod
     def fits(cls, site: Site) -> bool:
-        return site.span is not None and site.kind == "features" and site.width > 0
+        return site.span is not None and site.kind in ("features", "features.stage") and site.width > 0
 
     def build(self, sites: Sequence[Site]) -> Built:
         for site in sites:
