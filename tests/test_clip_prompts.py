@@ -406,6 +406,20 @@ def test_promptsrc_ends_with_the_gaussian_average(steps: int, epochs: int) -> No
     assert torch.equal(next(m.average for m in again.modules.values() if hasattr(m, "average")), texts.average)
 
 
+def test_fit_adds_promptsrcs_terms_and_averages_at_the_end() -> None:
+    from vismodal.train import Plan, fit
+
+    clf, x = vm.CLIPClassifier(clip().float(), word_ids, CLASSES), images().float()
+    clf.train()
+    adapter = vm.adapt(clf, vm.PromptSRC(depth=2, epochs=2, mean=1.5), seed=0)
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    outcome = fit(lambda _: {"loss": F.cross_entropy(clf(x), torch.tensor([0, 1]))}, adapter, optimizer, plan=Plan(4))
+    assert outcome.metrics["penalty"] > 0
+    texts, pictures = (adapter.modules[f"promptsrc/{key}"] for key in (":text.features", "model.visual:tokens"))
+    assert torch.equal(texts.P, texts.average)
+    assert torch.equal(pictures.Q, pictures.average)
+
+
 # -- counts on ViT-B/16, as published -----------------------------------------------------------------------------
 
 

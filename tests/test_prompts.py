@@ -228,8 +228,12 @@ def swin_by_hand(model: Any, images: Tensor, prompts: Sequence[Sequence[Tensor]]
     return model.forward_head(model.norm(x))
 
 
-def test_vpt_on_swin_equals_the_official_block() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_vpt_on_swin_equals_the_official_block(fused: bool) -> None:
     model, images = swin(), fixed(2, 3, 112, 112)
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.attn.fused_attn = fused
     adapter = vm.adapt(model, vm.VPT(tokens=3))
     shake(adapter, 0.5)
     y = model(images)

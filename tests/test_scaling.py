@@ -259,7 +259,10 @@ def test_ssf_where_the_weight_is_shadowed(bias: bool) -> None:
             want.in_proj_weight *= module.scale[:, None]
             shift = module.shift if not bias else want.in_proj_bias * module.scale + module.shift
             want.in_proj_bias = nn.Parameter(shift.clone())
+        seen: list[torch.dtype] = []
+        model.register_forward_pre_hook(lambda m, _, seen=seen: seen.append(m.in_proj_bias.dtype))
         got = model(x, x, x, need_weights=False)[0]
+        assert seen == [dtype]
         assert close(got.float(), want(x.float(), x.float(), x.float())[0], 1e-6 if dtype == torch.float32 else 0.03)
 
 
