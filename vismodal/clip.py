@@ -88,7 +88,8 @@ class Texts(Step):
         if ids is not self.ids:
             return F.normalize(self.encode(ids.flatten(0, -2)), dim=-1).unflatten(0, ids.shape[:-1])
         y = torch.cat([F.normalize(self.encode(part), dim=-1) for part in ids.split(AT_ONCE)])
-        return y.new_zeros(len(self.classes), y.shape[1]).index_add(0, self.where, y) / self.counts
+        where, counts = self.where.to(y.device), self.counts.to(y.device)  # the model may have been moved alone
+        return y.new_zeros(len(self.classes), y.shape[1]).index_add(0, where, y) / counts
 
     def encode(self, ids: Tensor) -> Tensor:
         """n L -> n D, not normalised."""

@@ -74,7 +74,7 @@ class Regulated(Kept, DeepTexts):
         share(self, site.modules["enter"])
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
-        if self.training and (self.zero_shot is None or self.zero_shot.device != x.device):
+        if self.training and (self.zero_shot is None or self.zero_shot.device != self.P.device):
             with torch.no_grad():
                 self.zero_shot = context["aside"]("enter", self.shared.ids)
         return super().enter(x, context)
