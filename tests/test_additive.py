@@ -318,6 +318,21 @@ def test_repadapter_shares_one_module_between_up_and_gate() -> None:
     assert close(ff(z), want, EXACT)
 
 
+def test_repadapter_shares_nothing_between_two_attentions_side_by_side() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.MultiheadAttention(8, 2)
+            self.second = nn.MultiheadAttention(8, 2)
+
+    for kind in ("attn.q", "attn.qkv"):
+        method = vm.RepAdapter(sites=(kind,))
+        adapter = vm.adapt(Decoder(), method, sites={Decoder: (vm.Span("block"),)})
+        first, second = adapter.modules.values()
+        assert first.source is first
+        assert second.source is second
+
+
 @pytest.mark.parametrize("first", ["LoRA", "RepAdapter"])
 def test_repadapter_and_lora_on_one_weight_live_as_merged(first: str) -> None:
     """W' of the one is what the other starts from; the fast path, which reads the layer's own weight, will not do."""
