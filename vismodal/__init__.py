@@ -4,6 +4,7 @@ import vismodal as vm
 a = vm.adapt(model, vm.LoRA(rank=8), name="pets")
 """
 
+from vismodal import models
 from vismodal.adapter import Adapter, adapt, attached, sites, use
 from vismodal.catalogue import families, methods
 from vismodal.checkpoint import load, save
@@ -28,6 +29,7 @@ __all__ = [
     "families",
     "load",
     "methods",
+    "models",
     "save",
     "sites",
     "use",

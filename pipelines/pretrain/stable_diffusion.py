@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import card
 import numpy as np
+import sd_card
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -35,18 +35,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from vismodal.data.emoji import Emoji, Layout, caption, compose, draw_layout, load_emoji, plain_caption, rng, to_tensor
+from vismodal.data.emoji import (
+    COLOURS,
+    SIZE,
+    Emoji,
+    Layout,
+    caption,
+    compose,
+    draw_layout,
+    load_emoji,
+    plain_caption,
+    rng,
+    to_tensor,
+)
+
+SMALL = 36  # px of an emoji that is called small; usual is 56
+OUTER = ("token_embedding", "position_embedding", "conv_in", "conv_out")  # trained by Adam, not by Muon
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the run. `views` composites of each emoji are cached; `drop` captions are empty, for guidance."""
+    """Settings of the run. `views` composites of each emoji are cached; `drop` captions are empty, for guidance.
+
+    `judged` pictures are drawn for the card and named by the model in `clip`.
+    """
 
     data: Path
     out: Path = Path("runs/pretrain/tiny-sd")
     autoencoder: Path = Path("runs/pretrain/autoencoder/model")
     tokenizer: Path = Path("runs/pretrain/tokenizer")
     assets: Path = Path("assets/tiny-sd")
+    clip: Path = Path("assets/tiny-clip")
     seed: int = 0
     steps: int = 20000
     minutes: float = 90
@@ -60,8 +79,10 @@ class Config:
     text_layers: int = 3
     views: int = 16
     drop: float = 0.1
+    first_name: float = 0.85
     evaluate: int = 256
-    export_every: float = 600
+    judged: int = 100
+    export_every: float = 1800
     export_only: bool = False
     workers: int = 2
 
@@ -120,8 +141,24 @@ def scheduler() -> DDIMScheduler:
 
 
 def layout_of(c: Config, purpose: str, emoji: int, view: int) -> Layout:
-    """The layout of one cached view; the first is centred, since that is what most people expect to see."""
-    return draw_layout(rng(c.seed, purpose, view, emoji), emoji, fixed=view == 0)
+    """The layout of one cached view: always centred, one on each ground, then small ones and two-coloured ones in turn.
+
+    One size and place, unless the caption says "small": a prompt then has one answer, which is learnt in a fraction of
+    the steps (RESULTS.md).
+    """
+    r, colours = rng(c.seed, purpose, view, emoji), list(COLOURS)
+    if view < len(colours):
+        colour = colours[(view + emoji) % len(colours)]
+        return Layout(emoji, colour, colour, 56, 4, 4)
+    if view % 2:
+        colour = colours[r.integers(len(colours))]
+        return Layout(emoji, colour, colour, SMALL, (SIZE - SMALL) // 2, (SIZE - SMALL) // 2)
+    return draw_layout(r, emoji, two_tone=1, fixed=True)
+
+
+def attribute_of(layout: Layout) -> str:
+    """The word that a caption has for the layout's size."""
+    return "small" if layout.size == SMALL else ""
 
 
 def cache_latents(c: Config, vae: AutoencoderKL, emoji: list[Emoji], purpose: str, views: int) -> Tensor:
@@ -165,7 +202,8 @@ class Latents:
             i = int(self._order(turn)[k])
             r = rng(self.c.seed, "diffusion", turn, i)
             view = int(r.integers(self.c.views))
-            text = caption(r, self.emoji[i], layout_of(self.c, "train", i, view))
+            layout = layout_of(self.c, "train", i, view)
+            text = caption(r, self.emoji[i], layout, self.c.first_name, attribute_of(layout))
             rows.append(self.latents[i, view])
             texts.append("" if r.random() < self.c.drop else text)
         return torch.stack(rows).float(), texts
@@ -194,10 +232,10 @@ def v_loss(model: nn.Module, z: Tensor, ids: Tensor, alphas: Tensor, r: np.rando
 
 @torch.no_grad()
 def validate(c: Config, model: nn.Module, vae: AutoencoderKL, emoji: list[Emoji], tokenizer: CLIPTokenizer) -> float:
-    """The loss on composites that were not trained on (known emoji, new places and grounds), with fixed noise."""
-    z = cache_latents(c, vae, emoji, "validation", 2)[:, 1].float()
+    """The loss on one composite of some of the emoji, with fixed noise: how well it knows what it was taught."""
+    z = cache_latents(c, vae, emoji, "train", c.views)[:, 1].float()
     chosen = rng(0, "validation choice").permutation(len(emoji))[: c.evaluate]
-    texts = [plain_caption(emoji[i], layout_of(c, "validation", int(i), 1)) for i in chosen]
+    texts = [plain_caption(emoji[i], layout_of(c, "train", int(i), 1)) for i in chosen]
     r, alphas = rng(0, "validation noise"), scheduler().alphas_cumprod
     parts = [chosen[i : i + 64] for i in range(0, len(chosen), 64)]
     losses = [
@@ -223,6 +261,12 @@ def pipeline(model: Model, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Stab
     return pipe
 
 
+def last_seconds(log: Path) -> float:
+    """How long the run lasted that wrote this log; 0 without one."""
+    lines = log.read_text().splitlines() if log.exists() else ['{"seconds": 0}']
+    return float(json.loads(lines[-1])["seconds"])
+
+
 class Trainer:
     """The run: its parts, one step, and what is written beside them."""
 
@@ -236,7 +280,7 @@ class Trainer:
         self.model = Model(c, z, side, self.tokenizer)
         self.average = Average(self.model, 0.999)
         self.workers = Workers(self.model, c.workers)
-        self.optimizer = Muon(*split(self.model), lr=c.lr, pool=self.workers.pool)
+        self.optimizer = Muon(*split(self.model, OUTER), lr=c.lr, pool=self.workers.pool)
         self.schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
         self.alphas = scheduler().alphas_cumprod
         if self.state.exists():
@@ -261,12 +305,14 @@ class Trainer:
 
     def export(self) -> dict[str, float]:
         """Measures the averaged weights and replaces the assets by them."""
-        pipe = pipeline(self.average.copy, self.vae, self.tokenizer)
-        loss = validate(self.c, self.average.copy, self.vae, self.data.emoji, self.tokenizer)
-        figures = {"step": self.schedule.step, "minutes": self.schedule.seconds / 60, "validation_loss": loss}
-        figures |= card.write_assets(
-            pipe, self.data.emoji, figures, self.c.autoencoder.parent / "metrics.jsonl", self.c.assets
-        )
+        c, pipe = self.c, pipeline(self.average.copy, self.vae, self.tokenizer)
+        run = {
+            "step": self.schedule.step,
+            "minutes": self.schedule.seconds / 60,
+            "autoencoder_minutes": last_seconds(c.autoencoder.parent / "metrics.jsonl") / 60,
+            "validation_loss": validate(c, self.average.copy, self.vae, self.data.emoji, self.tokenizer),
+        }
+        figures = sd_card.write_assets(pipe, run, c.data, c.clip, c.judged, c.assets)
         self.log.write(**figures)
         return figures
 
