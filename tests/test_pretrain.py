@@ -19,7 +19,9 @@ sys.path.insert(0, str(SCRIPTS))
 
 import autoencoder  # noqa: E402
 import contrastive  # noqa: E402
+import evaluate  # noqa: E402
 import loop  # noqa: E402
+import publish  # noqa: E402
 import stable_diffusion  # noqa: E402
 import teacher  # noqa: E402
 import tokenizer  # noqa: E402
@@ -325,6 +327,37 @@ def test_captions_fit_every_picture_that_they_describe(photos: Path, trained: Pa
     assert fits[8:, 8:].sum() > 6, "photos of one class fit one another's captions"
     again = pairs.batch(3, 1)
     assert all(torch.equal(a, b) for a, b in zip((x, ids, fits), again, strict=True))
+
+
+def test_evaluation_names_what_the_card_has_wrong(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = {"top1": 0.5, "psnr_noto": 28.0}
+    monkeypatch.setattr(evaluate, "asset", lambda name: tmp_path)
+    monkeypatch.setitem(evaluate.MEASURE, "tiny-vit", lambda c: now)
+    config = evaluate.Config(data=photos, models=("tiny-vit",))
+    publish.write_figures(tmp_path, {"step": 7, "top1": 0.504, "psnr_noto": 28.05})
+    assert evaluate.main(config) == 0, "within what machines may differ by"
+    publish.write_figures(tmp_path, {"step": 7, "top1": 0.51, "psnr_noto": 28.05})
+    assert evaluate.main(config) == 1
+    assert "differs" in capsys.readouterr().out
+    publish.write_figures(tmp_path, {"top1": 0.5})
+    assert evaluate.main(config) == 1, "a figure that the card keeps quiet about"
+    with pytest.raises(InputError, match="no embedded model tiny-gan"):
+        evaluate.main(evaluate.Config(data=photos, models=("tiny-gan",)))
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with publish.replacing(folder) as place:
+        (place / "a").write_text("1")
+    with pytest.raises(RuntimeError), publish.replacing(folder) as place:
+        (place / "b").write_text("2")
+        raise RuntimeError("no space")
+    assert [f.name for f in folder.iterdir()] == ["a"]
+    with publish.replacing(folder) as place:
+        (place / "c").write_text("3")
+    assert [f.name for f in folder.iterdir()] == ["c"] and [f.name for f in tmp_path.iterdir()] == ["model"]
 
 
 def test_orthogonalise_flattens_the_singular_values() -> None:
