@@ -2,13 +2,15 @@
 # make test   set up, then run the tests
 # make check  ruff, mypy and the tests: what every commit passes
 # make bench  the comparison with peft, into benchmarks/results/
+# make assets-eval DATA=FOLDER  the figures in the cards of assets/, measured again
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DATA ?= ../shared/data
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench assets-eval clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -30,6 +32,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/speed.py
+
+assets-eval: $(READY)
+	$(BIN)/python pipelines/pretrain/evaluate.py --data $(DATA)
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache

@@ -15,19 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import timm
 import torch
 from jsonargparse import auto_cli
 from PIL import Image
-from safetensors.torch import load_file
-from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor, nn
 
 import vismodal as vm
 from pipelines.dreambooth import Config as DreamBooth
 from pipelines.dreambooth import main as dreambooth
-from vismodal.data.photos import pixels, read_photos
+from vismodal.data.photos import read_photos
 from vismodal.diffusion import generate, load_pipeline, native_size
+from vismodal.judge import dino
 from vismodal.paths import asset
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,22 +52,6 @@ class Config:
     write: bool = True
 
 
-def features(model: nn.Module, images: list[Image.Image]) -> Tensor:
-    """Normalised class tokens, (n, 384), of pictures at 98 pixels."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    batch = torch.stack([(pixels(image, 98) / 2 + 0.5 - mean) / std for image in images])
-    with torch.no_grad():
-        return nn.functional.normalize(model(batch), dim=-1)
-
-
-def dino(data: Path) -> nn.Module:
-    """The DINOv2 ViT-S/14 of the data folder, its positions resampled to 98 pixels."""
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=98, num_classes=0).eval()
-    (weights,) = (data / "weights").glob("*dinov2*.safetensors")
-    model.load_state_dict(checkpoint_filter_fn(load_file(weights), model))
-    return model
-
-
 def measure(config: Config, output: Path) -> dict[str, float]:
     """Trains into `output`; similarity before and after. Raises AssertionError if the base has changed."""
     pipe = load_pipeline(asset("tiny-sd"))
@@ -87,11 +68,11 @@ def measure(config: Config, output: Path) -> dict[str, float]:
     after = draw()
     with adapter.disabled():
         assert all(a.tobytes() == b.tobytes() for a, b in zip(before, draw(), strict=True)), "the base has changed"
-    model = dino(config.data)
-    real = features(model, [p.image for p in read_photos(photos).photos])
+    judge = dino(config.data)
+    real = judge.features([p.image for p in read_photos(photos).photos])
     own = (real @ real.T)[~torch.eye(len(real), dtype=torch.bool)].mean()
     similarity = {"base": before, "adapter": after}
-    return {"real": own.item()} | {n: (features(model, x) @ real.T).mean().item() for n, x in similarity.items()}
+    return {"real": own.item()} | {n: (judge.features(x) @ real.T).mean().item() for n, x in similarity.items()}
 
 
 def main(config: Config) -> None:

@@ -19,7 +19,7 @@ FLOORS = {
     **dict.fromkeys(("bank", "adapter", "attach"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats"), 3),
     **dict.fromkeys(("losses", "data", "train", "callbacks", "resume", "interrupt", "draw", "report"), 4),
-    **dict.fromkeys(("denoise", "diffusion", "evaluate", "prompts", "runs"), 4),
+    **dict.fromkeys(("denoise", "diffusion", "evaluate", "models", "prompts", "runs", "judge", "entries", "drawn"), 4),
     **dict.fromkeys(("cli", "pipelines", "apps"), 5),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

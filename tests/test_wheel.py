@@ -31,9 +31,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for wanted in ("pipelines/dreambooth.py", "assets/subject/1.png", "assets/tiny-sd/model_index.json", "ports.py"):
+    models = ("tiny-sd/model_index.json", "tiny-clip/open_clip_config.json", "tiny-vit/config.json")
+    for wanted in ("pipelines/dreambooth.py", "assets/subject/1.png", *(f"assets/{m}" for m in models), "ports.py"):
         assert f"vismodal/{wanted}" in names
     assert not [n for n in names if n.startswith(("tests", "runs", "benchmarks")) or "__pycache__" in n]
+
+
+def test_what_is_embedded_stays_small() -> None:
+    size = sum(f.stat().st_size for f in (ROOT / "assets").rglob("*") if f.is_file())
+    assert size <= 40e6, f"assets/ holds {size / 1e6:.1f} MB; at most 40 are promised"
 
 
 def test_installed_elsewhere_it_trains(wheel: Path, tmp_path: Path) -> None:

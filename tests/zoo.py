@@ -180,6 +180,7 @@ DIFFUSERS = (
     _unet("SDXL", **SDXL),
 )
 
+
 def word_ids(texts: Sequence[str]) -> Tensor:
     """A tokenizer for the small CLIPs: one id for a word, 61 begins, 62 ends, 0 fills up to 8."""
     rows = []

@@ -4,6 +4,7 @@ import vismodal as vm
 a = vm.adapt(model, vm.LoRA(rank=8), name="pets")
 """
 
+from vismodal import models
 from vismodal.adapter import Adapter
 from vismodal.attach import adapt, attached, sites, use
 from vismodal.catalogue import families, methods
@@ -112,6 +113,7 @@ __all__ = [
     "families",
     "load",
     "methods",
+    "models",
     "save",
     "sites",
     "use",

@@ -1,10 +1,15 @@
-"""The `vismodal` command. A subcommand is a pipeline: one line in `COMMANDS`, its settings the `Config` of its file."""
+"""The `vismodal` command. A subcommand is a pipeline: one line in `COMMANDS`, its settings the `Config` of its file.
+
+Its name has one word, or two: `vismodal bench` alone lists what begins with that word.
+"""
 
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -22,12 +27,13 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "dreambooth": Command("dreambooth", "teach Stable Diffusion a subject from a few photos"),
+    "bench emoji": Command("bench_emoji", "measure methods on the embedded model: a style and a subject, by emoji"),
 }
 
 OVERVIEW = """\
 vismodal: parameter-efficient fine-tuning of vision, vision-language and diffusion models
 
-  vismodal COMMAND                        run it as it is: each one has a small example built in
+  vismodal COMMAND                        run it as it is, where it has an example built in
   vismodal COMMAND --help                 every setting, with what it does
   vismodal COMMAND --config FILE.yaml     settings from a file; those after it on the line win
   vismodal COMMAND --print_config         that file, to begin with
@@ -59,21 +65,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS)) + 2
-        print(OVERVIEW.format(commands="\n".join(f"  {n:<{width}}{c.help}" for n, c in COMMANDS.items())), end="")
+        print(OVERVIEW.format(commands=_listing(COMMANDS)), end="")
         return 0
     if arguments[0] == "--version":
         from vismodal import __version__
 
         print(f"vismodal {__version__}")
         return 0
-    if arguments[0] not in COMMANDS:
-        raise InputError(f"there is no command {arguments[0]!r}; write one of {', '.join(COMMANDS)}, or --help")
-    name, *rest = arguments
+    name = next((n for n in COMMANDS if n.split() == arguments[: len(n.split())]), None)
+    if name is None:
+        return _unknown(arguments)
+    rest = arguments[len(name.split()) :]
     pipeline = load_pipeline(COMMANDS[name].pipeline)
     config = parse(pipeline.Config, f"vismodal {name}", rest)
     pipeline.main(config)
     return 0
+
+
+def _unknown(arguments: list[str]) -> int:
+    """What begins with the first word, where only that was given. Raises `InputError` otherwise."""
+    group = [name for name in COMMANDS if name.split()[0] == arguments[0]]
+    if group and (len(arguments) == 1 or arguments[1] in ("-h", "--help")):
+        print(f"commands:\n{_listing(group)}")
+        return 0
+    given = " ".join(arguments[: 1 + bool(group)])
+    raise InputError(f"there is no command {given!r}; write one of {', '.join(group or COMMANDS)}, or --help")
+
+
+def _listing(names: Iterable[str]) -> str:
+    width = max(map(len, COMMANDS)) + 2
+    return "\n".join(f"  {name:<{width}}{COMMANDS[name].help}" for name in names)
 
 
 def load_pipeline(name: str) -> ModuleType:
@@ -109,18 +130,22 @@ def parse(config: type, program: str, arguments: Sequence[str]) -> object:
 
 
 def _normal(config: type, arguments: Sequence[str]) -> list[str]:
-    """--batch-size as --batch_size, and a bare --flag as --flag=true."""
-    switches = {f"--{f.name}" for f in fields(config) if f.type in (bool, "bool")}
+    """--batch-size as --batch_size, a bare --flag as --flag=true, and --names a b as --names=["a", "b"]."""
+    types = {f"--{f.name}": str(f.type) for f in fields(config)}
     result: list[str] = []
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
+    left = list(arguments)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
         if name.startswith("--"):
             name = f"--{name[2:].replace('-', '_')}"
-            following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-            if name in switches and not equals and following.lower() not in ("true", "false"):
+            following = list(itertools.takewhile(lambda a: not a.startswith("--"), left))
+            kind = "" if equals else types.get(name, "")
+            if kind in ("bool", str(bool)) and "".join(following[:1]).lower() not in ("true", "false"):
                 equals, value = "=", "true"
-            argument = f"{name}{equals}{value}"
-        result.append(argument)
+            elif kind.startswith("tuple[") and following and not following[0].startswith("["):
+                equals, value = "=", json.dumps(following)
+                del left[: len(following)]
+        result.append(f"{name}{equals}{value}")
     return result
 
 

@@ -75,7 +75,7 @@ def build(c: Config) -> AutoencoderKL:
 def optimizer_of(c: Config, model: AutoencoderKL, pool: Executor) -> torch.optim.Optimizer:
     """Muon, or AdamW to compare."""
     if c.muon:
-        return Muon(*split(model), lr=c.lr, pool=pool)
+        return Muon(*split(model, ("conv_in", "conv_out", "quant_conv")), lr=c.lr, pool=pool)
     return torch.optim.AdamW(model.parameters(), lr=c.lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
 
 
@@ -111,12 +111,12 @@ def loss_of(x: Tensor, y: Tensor, mean: Tensor, logvar: Tensor, kl_weight: float
     return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + kl_weight * kl
 
 
-def unseen(c: Config) -> dict[str, Tensor]:
+def unseen(data: Path, count: int) -> dict[str, Tensor]:
     """Evaluation pictures: composites of held-out emoji in both styles, and validation photos of the transfer sets."""
-    sets = {style: held_out_composites(load_emoji(c.data, style), c.evaluate) for style in ("noto", "fluent")}
-    files = sorted(c.data.glob("transfer/*/val/*/*.jpg"))
+    sets = {style: held_out_composites(load_emoji(data, style), count) for style in ("noto", "fluent")}
+    files = sorted(data.glob("transfer/*/val/*/*.jpg"))
     if files:
-        chosen = rng(0, "evaluation photos").permutation(len(files))[: c.evaluate]
+        chosen = rng(0, "evaluation photos").permutation(len(files))[:count]
         sets["photos"] = to_tensor(
             [np.asarray(Image.open(files[i]).convert("RGB").resize((SIZE, SIZE))) for i in chosen]
         )
@@ -188,7 +188,7 @@ def evaluate(model: AutoencoderKL, sets: dict[str, Tensor], out: Path) -> dict[s
 def train(c: Config) -> dict[str, float]:
     """Trains, and returns the last evaluation."""
     torch.manual_seed(c.seed)
-    model, pictures, sets, log = build(c), Pictures(c), unseen(c), Log(c.out)
+    model, pictures, sets, log = build(c), Pictures(c), unseen(c.data, c.evaluate), Log(c.out)
     workers = Workers(model, c.workers)
     average = Average(model, 0.998)
     optimizer = optimizer_of(c, model, workers.pool)

@@ -8,7 +8,7 @@ the same loss in far fewer steps, see RESULTS.md.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 
 import torch
@@ -80,12 +80,12 @@ class Muon(torch.optim.Optimizer):
             p.addcdiv_(s["mean"], size, value=-lr / (1 - first**n))
 
 
-def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Hidden weight matrices, and the rest: embeddings and the layers at either end do better with Adam."""
+def split(model: nn.Module, outer: Sequence[str]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Hidden weight matrices, and the rest: embeddings and the layers at either end, whose names hold one of `outer`,
+    do better with Adam."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        outer = any(part in name for part in ("embedding", "conv_in", "conv_out", "quant_conv"))
-        hidden = p.ndim >= 2 and ("time_embedding" in name or not outer)
+        hidden = p.ndim >= 2 and not any(part in name for part in outer)
         (matrices if hidden else others).append(p)
     return matrices, others

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import card
 import numpy as np
+import sd_card
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -35,18 +35,39 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from vismodal.data.emoji import Emoji, Layout, caption, compose, draw_layout, load_emoji, plain_caption, rng, to_tensor
+from vismodal.data.emoji import (
+    COLOURS,
+    SIZE,
+    Emoji,
+    Layout,
+    caption,
+    compose,
+    draw_layout,
+    load_emoji,
+    plain_caption,
+    rng,
+    to_tensor,
+)
+
+SMALL = 36  # px of an emoji that is called small; usual is 56
+OUTER = ("token_embedding", "position_embedding", "conv_in", "conv_out")  # trained by Adam, not by Muon
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the run. `views` composites of each emoji are cached; `drop` captions are empty, for guidance."""
+    """Settings of the run. `views` composites of each emoji are cached; `drop` captions are empty, for guidance.
+
+    `lean` below 1 trains more often at high noise, where it is decided what is drawn.
+
+    `judged` pictures are drawn for the card and named by the model in `clip`.
+    """
 
     data: Path
     out: Path = Path("runs/pretrain/tiny-sd")
     autoencoder: Path = Path("runs/pretrain/autoencoder/model")
     tokenizer: Path = Path("runs/pretrain/tokenizer")
     assets: Path = Path("assets/tiny-sd")
+    clip: Path = Path("assets/tiny-clip")
     seed: int = 0
     steps: int = 20000
     minutes: float = 90
@@ -60,8 +81,11 @@ class Config:
     text_layers: int = 3
     views: int = 16
     drop: float = 0.1
+    lean: float = 0.5
+    first_name: float = 0.85
     evaluate: int = 256
-    export_every: float = 600
+    judged: int = 100
+    export_every: float = 1800
     export_only: bool = False
     workers: int = 2
 
@@ -120,8 +144,24 @@ def scheduler() -> DDIMScheduler:
 
 
 def layout_of(c: Config, purpose: str, emoji: int, view: int) -> Layout:
-    """The layout of one cached view; the first is centred, since that is what most people expect to see."""
-    return draw_layout(rng(c.seed, purpose, view, emoji), emoji, fixed=view == 0)
+    """The layout of one cached view: always centred, one on each ground, then small ones and two-coloured ones in turn.
+
+    One size and place, unless the caption says "small": a prompt then has one answer, which is learnt in a fraction of
+    the steps (RESULTS.md).
+    """
+    r, colours = rng(c.seed, purpose, view, emoji), list(COLOURS)
+    if view < len(colours):
+        colour = colours[(view + emoji) % len(colours)]
+        return Layout(emoji, colour, colour, 56, 4, 4)
+    if view % 2:
+        colour = colours[r.integers(len(colours))]
+        return Layout(emoji, colour, colour, SMALL, (SIZE - SMALL) // 2, (SIZE - SMALL) // 2)
+    return draw_layout(r, emoji, two_tone=1, fixed=True)
+
+
+def attribute_of(layout: Layout) -> str:
+    """The word that a caption has for the layout's size."""
+    return "small" if layout.size == SMALL else ""
 
 
 def cache_latents(c: Config, vae: AutoencoderKL, emoji: list[Emoji], purpose: str, views: int) -> Tensor:
@@ -165,7 +205,8 @@ class Latents:
             i = int(self._order(turn)[k])
             r = rng(self.c.seed, "diffusion", turn, i)
             view = int(r.integers(self.c.views))
-            text = caption(r, self.emoji[i], layout_of(self.c, "train", i, view))
+            layout = layout_of(self.c, "train", i, view)
+            text = caption(r, self.emoji[i], layout, self.c.first_name, attribute_of(layout))
             rows.append(self.latents[i, view])
             texts.append("" if r.random() < self.c.drop else text)
         return torch.stack(rows).float(), texts
@@ -179,11 +220,14 @@ def ids_of(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def v_loss(model: nn.Module, z: Tensor, ids: Tensor, alphas: Tensor, r: np.random.Generator) -> Tensor:
-    """mean |v - v_theta|^2 with v = sqrt(a) eps - sqrt(1 - a) z, at steps spread evenly over the batch."""
+def v_loss(
+    model: nn.Module, z: Tensor, ids: Tensor, alphas: Tensor, r: np.random.Generator, lean: float = 1.0
+) -> Tensor:
+    """mean |v - v_theta|^2 with v = sqrt(a) eps - sqrt(1 - a) z, at steps T u^lean, the u spread over the batch."""
     b = len(z)
-    # one draw in each of b equal parts of the schedule: the loss is less noisy than with b free draws
-    t = torch.from_numpy(((np.arange(b) + r.random(b)) / b * len(alphas)).astype(np.int64))
+    # one draw in each of b equal parts of u: the loss is less noisy than with b free draws
+    u = (np.arange(b) + r.random(b)) / b
+    t = torch.from_numpy((u**lean * len(alphas)).astype(np.int64))
     noise = torch.from_numpy(r.standard_normal(z.shape, np.float32))
     a = alphas[t].view(b, 1, 1, 1)
     noisy, target = a.sqrt() * z + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * z
@@ -194,10 +238,10 @@ def v_loss(model: nn.Module, z: Tensor, ids: Tensor, alphas: Tensor, r: np.rando
 
 @torch.no_grad()
 def validate(c: Config, model: nn.Module, vae: AutoencoderKL, emoji: list[Emoji], tokenizer: CLIPTokenizer) -> float:
-    """The loss on composites that were not trained on (known emoji, new places and grounds), with fixed noise."""
-    z = cache_latents(c, vae, emoji, "validation", 2)[:, 1].float()
+    """The loss on one composite of some of the emoji, with fixed noise: how well it knows what it was taught."""
+    z = cache_latents(c, vae, emoji, "train", c.views)[:, 1].float()
     chosen = rng(0, "validation choice").permutation(len(emoji))[: c.evaluate]
-    texts = [plain_caption(emoji[i], layout_of(c, "validation", int(i), 1)) for i in chosen]
+    texts = [plain_caption(emoji[i], layout_of(c, "train", int(i), 1)) for i in chosen]
     r, alphas = rng(0, "validation noise"), scheduler().alphas_cumprod
     parts = [chosen[i : i + 64] for i in range(0, len(chosen), 64)]
     losses = [
@@ -223,6 +267,12 @@ def pipeline(model: Model, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Stab
     return pipe
 
 
+def last_seconds(log: Path) -> float:
+    """How long the run lasted that wrote this log; 0 without one."""
+    lines = log.read_text().splitlines() if log.exists() else ['{"seconds": 0}']
+    return float(json.loads(lines[-1])["seconds"])
+
+
 class Trainer:
     """The run: its parts, one step, and what is written beside them."""
 
@@ -236,7 +286,7 @@ class Trainer:
         self.model = Model(c, z, side, self.tokenizer)
         self.average = Average(self.model, 0.999)
         self.workers = Workers(self.model, c.workers)
-        self.optimizer = Muon(*split(self.model), lr=c.lr, pool=self.workers.pool)
+        self.optimizer = Muon(*split(self.model, OUTER), lr=c.lr, pool=self.workers.pool)
         self.schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
         self.alphas = scheduler().alphas_cumprod
         if self.state.exists():
@@ -248,7 +298,8 @@ class Trainer:
         ids, n = ids_of(self.tokenizer, texts), self.c.workers
         # every n-th row: each worker then has rows of all noise levels
         parts = [(z[i::n], ids[i::n], rng(self.c.seed, "noise", step, i)) for i in range(n)]
-        loss = self.workers.backward([partial(v_loss, self.model, x, words, self.alphas, r) for x, words, r in parts])
+        losses = [partial(v_loss, self.model, x, words, self.alphas, r, self.c.lean) for x, words, r in parts]
+        loss = self.workers.backward(losses)
         self.optimizer.step()
         self.average.update(step)
         return loss
@@ -261,12 +312,14 @@ class Trainer:
 
     def export(self) -> dict[str, float]:
         """Measures the averaged weights and replaces the assets by them."""
-        pipe = pipeline(self.average.copy, self.vae, self.tokenizer)
-        loss = validate(self.c, self.average.copy, self.vae, self.data.emoji, self.tokenizer)
-        figures = {"step": self.schedule.step, "minutes": self.schedule.seconds / 60, "validation_loss": loss}
-        figures |= card.write_assets(
-            pipe, self.data.emoji, figures, self.c.autoencoder.parent / "metrics.jsonl", self.c.assets
-        )
+        c, pipe = self.c, pipeline(self.average.copy, self.vae, self.tokenizer)
+        run = {
+            "step": self.schedule.step,
+            "minutes": self.schedule.seconds / 60,
+            "autoencoder_minutes": last_seconds(c.autoencoder.parent / "metrics.jsonl") / 60,
+            "validation_loss": validate(c, self.average.copy, self.vae, self.data.emoji, self.tokenizer),
+        }
+        figures = sd_card.write_assets(pipe, run, c.data, c.clip, c.judged, c.assets)
         self.log.write(**figures)
         return figures
 

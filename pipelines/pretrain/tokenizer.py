@@ -21,6 +21,7 @@ from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from vismodal.data.emoji import COLOURS, PLACE_FORMS, SUBJECT_FORMS, load_emoji
+from vismodal.formats.open_clip import save_tokenizer
 
 # Words of DreamBooth's prompt list and classes: not in any caption here, but in what people will type.
 PROMPT_WORDS = (
@@ -83,19 +84,10 @@ def build(lines: Iterable[str], size: int, length: int) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
-def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """transformers 5 writes `tokenizer.json` alone; `vocab.json` and `merges.txt` are for every other reader."""
-    tokenizer.save_pretrained(folder)
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-
-
 def main(c: Config) -> CLIPTokenizer:
     """Trains and saves."""
     tokenizer = build(corpus(c.data), c.size, c.length)
-    save(tokenizer, c.out)
+    save_tokenizer(tokenizer, c.out)
     return tokenizer
 
 

@@ -135,9 +135,14 @@ def background_of(layout: Layout) -> str:
     return layout.colour if layout.colour == layout.second else f"{layout.colour} and {layout.second}"
 
 
-def caption(r: np.random.Generator, emoji: Emoji, layout: Layout) -> str:
-    """One of the many captions of a composite; a tenth name the category too, a fifth leave the background out."""
-    name = emoji.names[0] if r.random() < 0.7 else emoji.names[r.integers(len(emoji.names))]
+def caption(r: np.random.Generator, emoji: Emoji, layout: Layout, first_name: float = 0.7, attribute: str = "") -> str:
+    """One of the many captions of a composite; a tenth name the category too, a fifth leave the background out.
+
+    `first_name` is how often the emoji has its own name rather than any of its names and keywords; `attribute` is a
+    word before it, such as "small".
+    """
+    name = emoji.names[0] if r.random() < first_name else emoji.names[r.integers(len(emoji.names))]
+    name = f"{attribute} {name}".strip()
     text = SUBJECT_FORMS[r.integers(len(SUBJECT_FORMS))].format(a=with_article(name), name=name)
     if r.random() < 0.1:
         text = f"{text}, {emoji.category}"
@@ -146,9 +151,14 @@ def caption(r: np.random.Generator, emoji: Emoji, layout: Layout) -> str:
     return text
 
 
+def prompt_for(emoji: Emoji, ground: str) -> str:
+    """The plainest words for an emoji on a ground: `a drawing of a strawberry on a blue background`."""
+    return f"a drawing of {with_article(emoji.names[0])} on a {ground} background"
+
+
 def plain_caption(emoji: Emoji, layout: Layout) -> str:
     """The one caption that evaluation uses."""
-    return f"a drawing of {with_article(emoji.names[0])} on a {background_of(layout)} background"
+    return prompt_for(emoji, background_of(layout))
 
 
 def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:

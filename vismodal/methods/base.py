@@ -24,8 +24,8 @@ class Part(NamedTuple):
 class WeightModule(nn.Module):
     """Re-expresses a weight and its bias. `forward` is the truth: live use, merging and exporting all follow it.
 
-    `reads_weight` says that `update` reads `layer.weight` or its bias, as left by merged adapters only: it is used where
-    no other adapter or method stands on that parameter.
+    `reads_weight` says that `update` reads `layer.weight` or its bias, as left by merged adapters only: it is used
+    where no other adapter or method stands on that parameter.
     """
 
     reads_weight: ClassVar[bool] = False

@@ -1,0 +1,217 @@
+"""Trains tiny-vit: a timm `VisionTransformer` of 32 px on CIFAR-100, taught by labels and by a larger ViT.
+
+    python pipelines/pretrain/vit.py --data ../shared/data --assets assets/tiny-vit
+
+Knowledge distillation (Hinton et al. 2015, https://arxiv.org/abs/1503.02531): the teacher is the ViT-S/14 of the data
+folder with a linear probe; its features of a few views of each picture are cached first (`teacher.py`). The student
+learns the labels, the probe's softened answers and the teacher's features. The class token is read and the stream is
+normalised before the first block, as in CLIP, so that tiny-clip's image tower can start from these weights. Run again
+with the same `--out` to resume; `--export_only true` writes the newest checkpoint to `--assets` and ends.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import transfer
+import vit_card
+from cifar import hold_out, jitter, load_cifar, normalise
+from jsonargparse import auto_cli
+from loop import SAVE_EVERY, Average, Log, Schedule, Stop, Workers, load_state, save_state, ticks
+from muon import Muon, split
+from teacher import cache_features, fit_probe, view_of
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+
+from vismodal.data.emoji import rng
+
+ARCHITECTURE = "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the run.
+
+    The share `small` of it is on pictures of `small_side` px, which costs half. `views` of each picture are shown to
+    the teacher; `labels` is the weight of the labels against the teacher's answers, `features` that of its features.
+    `scratch_epochs` is what the card's models from scratch get; `most` takes fewer pictures, for a trial.
+    """
+
+    data: Path
+    out: Path = Path("runs/pretrain/tiny-vit")
+    assets: Path = Path("assets/tiny-vit")
+    seed: int = 0
+    steps: int = 20000
+    minutes: float = 60
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    small: float = 0.6
+    small_side: int = 24
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    views: int = 2
+    labels: float = 0.5
+    features: float = 1.0
+    temperature: float = 1.5
+    held_out: int = 1000
+    scratch_epochs: int = transfer.Config.epochs
+    most: int | None = None
+    export_only: bool = False
+    workers: int = 2
+
+
+def model_args(c: Config) -> dict[str, Any]:
+    """What distinguishes the model from timm's `vit_tiny_patch16_224`."""
+    return {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": c.width,
+        "depth": c.depth,
+        "num_heads": c.heads,
+        "pre_norm": True,
+    }
+
+
+class Student(nn.Module):
+    """The ViT, and a linear map from its class token to the teacher's features, which is not exported."""
+
+    def __init__(self, c: Config, classes: int, teacher: int) -> None:
+        super().__init__()
+        vit = timm.create_model(ARCHITECTURE, num_classes=classes, dynamic_img_size=True, **model_args(c))
+        self.vit = cast(VisionTransformer, vit)
+        self.to_teacher = nn.Linear(c.width, teacher)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [b, classes] and guessed features [b, teacher] of normalised pictures."""
+        token = self.vit.forward_head(self.vit.forward_features(x), pre_logits=True)
+        return self.vit.head(token), self.to_teacher(token)
+
+
+def loss_of(c: Config, model: nn.Module, x: Tensor, labels: Tensor, answers: Tensor, features: Tensor) -> Tensor:
+    """labels * CE(label) + (1 - labels) * T^2 * KL(teacher || student) + features * (1 - cos)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, guessed = model(x)
+    logits, t = logits.float(), c.temperature
+    hard = F.cross_entropy(logits, labels, label_smoothing=0.1)
+    soft = F.kl_div((logits / t).log_softmax(1), (answers / t).log_softmax(1), log_target=True, reduction="batchmean")
+    alike = F.cosine_similarity(guessed.float(), features, dim=1).mean()
+    return c.labels * hard + (1 - c.labels) * t * t * soft + c.features * (1 - alike)
+
+
+class Lessons:
+    """Batches of (pictures, labels, the teacher's answers and features) keyed by step."""
+
+    def __init__(self, c: Config, log: Log) -> None:
+        self.c = c
+        everything = load_cifar(c.data, "train", c.most)
+        self.train, self.validation = hold_out(everything, c.held_out, c.seed)
+        rows = torch.from_numpy(np.sort(rng(c.seed, "held out").permutation(len(everything))[c.held_out :]))
+        shown = [view_of(everything.pictures, k, c.seed) for k in range(c.views)]
+        cached = [
+            cache_features(c.data, view, c.out / f"teacher-train-{k}.safetensors", c.workers)
+            for k, view in enumerate(shown)
+        ]
+        if any(len(features) != len(everything) for features in cached):
+            raise ValueError(f"cached features of other pictures: delete {c.out}/teacher-*.safetensors")
+        self.views, self.features = [view[rows] for view in shown], [features[rows] for features in cached]
+        torch.set_num_threads(c.workers)
+        self.probe = fit_probe(self.features, self.train.labels, len(everything.classes), c.seed)
+        test = load_cifar(c.data, "test", c.most)
+        answers = self.probe(cache_features(c.data, test.pictures, c.out / "teacher-test.safetensors", c.workers))
+        self.teacher = accuracy(answers, test.labels)
+        log.write(teacher_test=self.teacher)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All pictures in turn, in a new order each time round, each as one of its views."""
+        place = np.arange(step * self.c.batch, (step + 1) * self.c.batch)
+        turns, within = np.divmod(place, len(self.train))
+        orders = {t: rng(self.c.seed, "order", int(t)).permutation(len(self.train)) for t in np.unique(turns)}
+        rows = [int(orders[t][k]) for t, k in zip(turns, within, strict=True)]
+        r = rng(self.c.seed, "lesson", step)
+        views = r.integers(self.c.views, size=len(rows))
+        pictures = torch.stack([self.views[k][i] for k, i in zip(views, rows, strict=True)])
+        features = torch.stack([self.features[k][i] for k, i in zip(views, rows, strict=True)]).float()
+        return normalise(jitter(pictures, r, 3)), self.train.labels[rows], self.probe(features), features
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit is the label's."""
+    return (logits.argmax(1) == labels).float().mean().item()
+
+
+class Trainer:
+    """The run: its parts, one step, and what is written beside them."""
+
+    def __init__(self, c: Config) -> None:
+        torch.manual_seed(c.seed)
+        self.c, self.log, self.state = c, Log(c.out), c.out / "state.safetensors"
+        self.lessons = Lessons(c, self.log)
+        classes = self.lessons.train.classes
+        self.model = Student(c, len(classes), self.lessons.features[0].shape[1])
+        self.average = Average(self.model, 0.999)
+        self.workers = Workers(self.model, c.workers)
+        matrices, others = split(self.model, ("patch_embed", "pos_embed", "cls_token", "vit.head", "to_teacher"))
+        self.optimizer = Muon(matrices, others, lr=c.lr, pool=self.workers.pool)
+        self.schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
+        if self.state.exists():
+            load_state(self.state, self.average, self.optimizer, self.schedule)
+
+    def step(self, step: int) -> float:
+        """One step; returns the loss."""
+        x, *rest = self.lessons.batch(step)
+        if self.schedule.progress < self.c.small:
+            x = F.interpolate(x, (self.c.small_side,) * 2, mode="bicubic", antialias=True)
+        parts = zip(*(t.chunk(self.c.workers) for t in (x, *rest)), strict=True)
+        loss = self.workers.backward([partial(loss_of, self.c, self.model, *part) for part in parts])
+        self.optimizer.step()
+        self.average.update(step)
+        return loss
+
+    def save(self) -> None:
+        """Checkpoint and accuracy on the held-out pictures."""
+        save_state(self.state, self.average, self.optimizer, self.schedule)
+        held = self.lessons.validation
+        right = accuracy(transfer.outputs(self.average.copy.vit, held.pictures, False), held.labels)
+        self.log.write(step=self.schedule.step, seconds=self.schedule.seconds, validation=right)
+
+    def export(self) -> dict[str, float]:
+        """Replaces the assets by the averaged weights, measured as they are loaded from there."""
+        run = {"step": self.schedule.step, "minutes": self.schedule.seconds / 60, "teacher_test": self.lessons.teacher}
+        figures = vit_card.write_assets(
+            self.average.copy.vit, self.lessons.train.classes, run, self.c.data, self.c.scratch_epochs, self.c.assets
+        )
+        self.log.write(**figures)
+        return figures
+
+    def train(self) -> dict[str, float]:
+        """Trains to the end of the schedule, or until asked to stop."""
+        saved = self.schedule.seconds
+        with Stop().listening() as stop:
+            for step, bar in ticks(self.schedule, self.optimizer, stop, "tiny-vit"):
+                loss = self.step(step)
+                if step % 50 == 0:
+                    bar.set_postfix(loss=f"{loss:.4f}")
+                    self.log.write(step=step, seconds=self.schedule.seconds, loss=loss)
+                if self.schedule.seconds - saved > SAVE_EVERY:
+                    saved = self.schedule.seconds
+                    self.save()
+        self.save()
+        return self.export()
+
+
+def main(c: Config) -> dict[str, float]:
+    """Trains, or only exports."""
+    trainer = Trainer(c)
+    return trainer.export() if c.export_only else trainer.train()
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(auto_cli(Config, as_positional=False)), indent=1))
