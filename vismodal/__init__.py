@@ -54,6 +54,7 @@ from vismodal.methods import (
     UniPELT,
     VeRA,
 )
+from vismodal.prefix import FrozenPrefix
 from vismodal.site import Site, Sites, Span, Tower, Weight
 
 __version__ = "0.1.0"
@@ -81,6 +82,7 @@ __all__ = [
     "DoRA",
     "DyLoRA",
     "FacT",
+    "FrozenPrefix",
     "Houlsby",
     "InputError",
     "Ladder",

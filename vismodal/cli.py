@@ -27,6 +27,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "dreambooth": Command("dreambooth", "teach Stable Diffusion a subject from a few photos"),
+    "classify": Command("classify", "adapt a vision model to a folder of pictures by class; compare methods on it"),
+    "predict": Command("predict", "say what is in pictures, by an adapter that classify made"),
+    "clip": Command("clip", "adapt CLIP to a folder of pictures by class: prompts, adapters, caches, few-shot"),
+    "clip pairs": Command("clip_pairs", "fine-tune CLIP on pictures with texts, and see what it forgets"),
     "bench emoji": Command("bench_emoji", "measure methods on the embedded model: a style and a subject, by emoji"),
 }
 
@@ -42,6 +46,8 @@ commands:
 {commands}
 
 start here:
+  vismodal classify
+  vismodal classify --data my_pictures --compare "lora; vpt(tokens=8); adaptformer"
   vismodal dreambooth
   vismodal dreambooth --photos my_dog --prompt "a photo of sks dog" --model OWNER/STABLE-DIFFUSION
 """
@@ -72,7 +78,8 @@ def _run(arguments: list[str]) -> int:
 
         print(f"vismodal {__version__}")
         return 0
-    name = next((n for n in COMMANDS if n.split() == arguments[: len(n.split())]), None)
+    longest = sorted(COMMANDS, key=lambda n: -len(n.split()))
+    name = next((n for n in longest if n.split() == arguments[: len(n.split())]), None)
     if name is None:
         return _unknown(arguments)
     rest = arguments[len(name.split()) :]
@@ -115,10 +122,19 @@ def load_pipeline(name: str) -> ModuleType:
 
 def parse(config: type, program: str, arguments: Sequence[str]) -> object:
     """A command line as an instance of the dataclass `config`. Raises `InputError` for what it does not allow."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from argparse import RawDescriptionHelpFormatter
 
-    what = (config.__doc__ or "").split("\n\n")[0]
-    parser = ArgumentParser(prog=program, usage=f"{program} [settings]", description=what, exit_on_error=False)
+    from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+
+    what = "\n\n".join([(config.__doc__ or "").split("\n\n")[0], *_examples(config)])
+    files = f" [{config.POSITIONAL} ...]" if hasattr(config, "POSITIONAL") else ""
+    parser = ArgumentParser(
+        prog=program,
+        usage=f"{program} [settings]{files}",
+        description=what,
+        exit_on_error=False,
+        formatter_class=type("Help", (DefaultHelpFormatter, RawDescriptionHelpFormatter), {}),
+    )
     parser.add_argument("--config", action="config", help="YAML file with settings, as a run leaves it in its folder")
     parser.add_class_arguments(config, as_group=False)
     try:
@@ -129,10 +145,21 @@ def parse(config: type, program: str, arguments: Sequence[str]) -> object:
     return config(**{f.name: values[f.name] for f in fields(config)})
 
 
+def _examples(config: type) -> list[str]:
+    """The command lines in the docstring of the pipeline, which stand indented in a paragraph of their own."""
+    paragraphs = (sys.modules[config.__module__].__doc__ or "").split("\n\n")
+    return [f"examples:\n{p}" for p in paragraphs if p.startswith("    vismodal ")]
+
+
 def _normal(config: type, arguments: Sequence[str]) -> list[str]:
-    """--batch-size as --batch_size, a bare --flag as --flag=true, and --names a b as --names=["a", "b"]."""
+    """--batch-size as --batch_size, a bare --flag as --flag=true, and --names a b as --names=["a", "b"].
+
+    A pipeline whose `Config.POSITIONAL` names a list takes for it what follows no setting: predict --top 2 a.jpg b.jpg.
+    """
     types = {f"--{f.name}": str(f.type) for f in fields(config)}
+    listed = getattr(config, "POSITIONAL", None)
     result: list[str] = []
+    loose: list[str] = []
     left = list(arguments)
     while left:
         name, equals, value = left.pop(0).partition("=")
@@ -145,8 +172,13 @@ def _normal(config: type, arguments: Sequence[str]) -> list[str]:
             elif kind.startswith("tuple[") and following and not following[0].startswith("["):
                 equals, value = "=", json.dumps(following)
                 del left[: len(following)]
+            elif kind and listed and following:
+                equals, value = "=", left.pop(0)
+        elif listed:
+            loose.append(f"{name}{equals}{value}")
+            continue
         result.append(f"{name}{equals}{value}")
-    return result
+    return [*result, f"--{listed}={json.dumps(loose)}"] if loose else result
 
 
 if __name__ == "__main__":

@@ -49,10 +49,13 @@ class Step(nn.Module):
 
 
 class Images(Step):
-    """Pictures b 3 h w -> features b D, not normalised."""
+    """Pictures b 3 h w -> features b D, not normalised. Features that were computed before, b D, stay what they are,
+    but for what is attached to this step; they are the same only while nothing acts within the image tower."""
 
     def forward(self, images: Tensor) -> Tensor:
         model: Any = self.model
+        if images.dim() == 2:
+            return images
         if hasattr(model, "encode_image"):
             return cast(Tensor, model.encode_image(images))
         return _pooled(model.get_image_features(pixel_values=images))
@@ -76,7 +79,7 @@ class Texts(Step):
         self.classes = tuple(classes)
         if not self.classes:
             raise InputError("CLIPClassifier needs the names of its classes")
-        prompts = [list(_prompts(name, templates)) for name in self.classes]
+        self.prompts = prompts = [list(_prompts(name, templates)) for name in self.classes]
         where = torch.tensor([i for i, each in enumerate(prompts) for _ in each])  # the class of each prompt
         device = next(model.parameters()).device
         ids = self.tokenize([p for each in prompts for p in each])
@@ -93,11 +96,7 @@ class Texts(Step):
 
     def encode(self, ids: Tensor) -> Tensor:
         """n L -> n D, not normalised."""
-        model: Any = self.model
-        ids = ids.to(next(model.parameters()).device)
-        if hasattr(model, "encode_text"):
-            return cast(Tensor, model.encode_text(ids))
-        return _pooled(model.get_text_features(input_ids=ids))
+        return encode_texts(self.model, ids)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """n L. Raises `InputError` for a text that is too long, where the tokenizer tells (that of transformers)."""
@@ -109,6 +108,14 @@ class Texts(Step):
             if len(row) > longest:
                 raise InputError(f"{text!r} has {len(row)} tokens, and the model reads {longest}; shorten it")
         return torch.tensor(ids)
+
+
+def encode_texts(model: Any, ids: Tensor) -> Tensor:
+    """Token ids n L -> features n D of a CLIP or SigLIP of either library, not normalised."""
+    ids = ids.to(next(model.parameters()).device)
+    if hasattr(model, "encode_text"):
+        return cast(Tensor, model.encode_text(ids))
+    return _pooled(model.get_text_features(input_ids=ids))
 
 
 class Similarity(Step):
@@ -182,6 +189,19 @@ class CLIPClassifier(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = state, self._encode_classes()
         return self._kept[1]
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether, as things stand, the features of the classes are computed once and kept."""
+        return self._text_state() is not None
+
+    @property
+    def keeps_images(self) -> bool:
+        """Whether nothing acts within the image tower: the features of a picture are then the base's, and may be given
+        in its place."""
+        sides = (self.model._modules[name] for name in IMAGE_SIDE if name in self.model._modules)
+        within = [m for side in sides if side is not None for m in side.modules()]
+        return not acting([self.model, *within]) and not any(p.requires_grad for m in within for p in m.parameters())
 
     def _encode_classes(self) -> Tensor:
         return F.normalize(self.text(self.text.ids), dim=-1)

@@ -1,14 +1,15 @@
-"""The contestants of a benchmark, written as one writes a method: `lora`, `lora(rank=4)`, `tune(sites=("norm",))`.
+"""Methods as one writes them on a command line: `lora`, `lora(rank=4)`, `vpt(tokens=8, lr=5e-3)`.
 
-A method is named by its class in any case. What is not written comes from `SETTINGS`, which a new method joins by one
-line, or by none where its own defaults do.
+A method is named by its class in any case. `written` reads one for every pipeline; `entry` is a contestant of the bench
+on tiny-sd, where what is not written comes from `SETTINGS`, which a new method joins by one line, or by none where its
+own defaults do.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -71,40 +72,95 @@ class Entry:
 
 def entry(text: str) -> Entry:
     """The contestant that `text` describes. Raises `InputError` naming what there is."""
+    read = written(text, ("lr", "parts"))
+    setting = SETTINGS.get(read.method.__name__, Setting())
+    parts = read.own.get("parts", setting.parts)
+    parts = (parts,) if isinstance(parts, str) else tuple(parts)
+    if not parts or not set(parts) <= {"unet", "text_encoder"}:
+        raise InputError(f"{text}: parts are of unet and text_encoder, not {', '.join(map(repr, parts)) or 'nothing'}")
+    return Entry(text, read.make(setting.options), read.own.get("lr", setting.lr), parts)
+
+
+# -- what every pipeline reads alike -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a text says: the class of a method, its options, and the settings of the caller's own."""
+
+    text: str
+    method: type[Method]
+    options: Mapping[str, Any]
+    own: Mapping[str, Any]
+
+    def make(self, usual: Mapping[str, Any] | None = None) -> Method:
+        """The method; options that are not written are the `usual` ones, or its defaults."""
+        try:
+            return self.method(**{**(usual or {}), **self.options})
+        except TypeError as error:
+            raise InputError(f"{self.text}: {error}") from error
+
+
+def written(text: str, own: Sequence[str] = ("lr",)) -> Written:
+    """Reads `name` or `name(option=value, ...)`; `own` are settings of the caller beside the method's options.
+
+    Raises `InputError` naming what there is, for an unknown name or option, and an lr that is no positive number.
+    """
     name, given = _parsed(text)
     known = {m.__name__.lower(): m for m in METHODS}
     if name.lower() not in known:
         raise InputError(f"no method {name!r}; write one of {', '.join(known)}, or with options {EXAMPLE}")
     method = known[name.lower()]
-    setting = SETTINGS.get(method.__name__, Setting())
-    lr, parts = given.pop("lr", setting.lr), given.pop("parts", setting.parts)
     options = [f.name for f in fields(method)]
-    if wrong := [option for option in given if option not in options]:
-        raise InputError(f"{text}: {name} has no option {wrong[0]!r}; it has lr, parts, {', '.join(options)}")
-    if not isinstance(lr, int | float) or not lr > 0:
+    if wrong := [option for option in given if option not in (*options, *own)]:
+        raise InputError(f"{text}: {name} has no option {wrong[0]!r}; it has {', '.join((*own, *options))}")
+    mine = {option: given.pop(option) for option in own if option in given}
+    lr = mine.get("lr", 1.0)
+    if not isinstance(lr, int | float) or isinstance(lr, bool) or not lr > 0:
         raise InputError(f"{text}: lr must be a number above 0, not {lr!r}")
-    parts = (parts,) if isinstance(parts, str) else tuple(parts)
-    if not parts or not set(parts) <= {"unet", "text_encoder"}:
-        raise InputError(f"{text}: parts are of unet and text_encoder, not {', '.join(map(repr, parts)) or 'nothing'}")
-    try:
-        return Entry(text, method(**{**setting.options, **given}), float(lr), parts)
-    except TypeError as error:
-        raise InputError(f"{text}: {error}") from error
+    if "lr" in mine:
+        mine["lr"] = float(lr)
+    return Written(text, method, given, mine)
+
+
+def split(text: str, separators: str = ";,") -> list[str]:
+    """The parts of a list of methods: only separators outside of brackets and quotes divide it."""
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        if quote or c in "'\"":
+            quote = "" if c == quote else quote or c
+        depth += (c in "([{") - (c in ")]}") if not quote else 0
+        if c in separators and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts if part.strip()]
 
 
 EXAMPLE = "'lora(rank=4, sites=(\"attn.*\",), lr=2e-3)'"
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and the options, which are Python literals."""
+    """The name and the options: Python literals, `true`, `false` and `none` in any case, and slices."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            options = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
+            options = {k.arg: _value(k.value) for k in node.keywords if k.arg}
             if len(options) == len(node.keywords):  # otherwise there is a **
                 return node.func.id, options
     except (SyntaxError, ValueError):
         pass
     raise InputError(f"{text!r} describes no method; write a name such as lora, or with options {EXAMPLE}")
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id.lower() in _WORDS:
+        return _WORDS[node.id.lower()]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "slice" and node.args:
+        return slice(*(_value(argument) for argument in node.args))
+    return ast.literal_eval(node)
+
+
+_WORDS = {"true": True, "false": False, "none": None}

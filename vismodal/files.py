@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 from safetensors.torch import save
 from torch import Tensor
@@ -70,3 +71,33 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed process left half-written in `folder`."""
     for path in folder.glob(f".*{TEMPORARY}*"):
         path.unlink(missing_ok=True)
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Makes a new file so long, of zeros that have their place on the disk; raises `OSError` where there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    zeros = bytes(1 << 20)
+    for at in range(0, size, len(zeros)):
+        file.write(zeros[: size - at])
+    file.flush()
+
+
+def lock_folder(folder: Path) -> IO[bytes] | None:
+    """The folder for this process alone until it ends; None while another has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("wb")
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on Windows
+        pass
+    except OSError:
+        file.close()
+        return None
+    return file

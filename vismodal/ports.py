@@ -491,10 +491,15 @@ def is_ported(module: nn.Module) -> bool:
     return any(isinstance(hook, Port | FrozenStatistics | Named) for hook in _hooked(module))
 
 
-def acting(modules: Iterable[nn.Module]) -> list[Port]:
-    """The ports, of whatever model, that act just now on one of these modules."""
+def ports_on(modules: Iterable[nn.Module]) -> list[Port]:
+    """The ports, of whatever model, that hook one of these modules."""
     hooks = (getattr(hook, "port", hook) for module in modules for hook in _hooked(module))
-    return list(dict.fromkeys(hook for hook in hooks if isinstance(hook, Port) and hook.live))
+    return list(dict.fromkeys(hook for hook in hooks if isinstance(hook, Port)))
+
+
+def acting(modules: Iterable[nn.Module]) -> list[Port]:
+    """Those of the ports on these modules that act just now."""
+    return [port for port in ports_on(modules) if port.live]
 
 
 def _hooked(module: nn.Module) -> list[Any]:
@@ -515,6 +520,20 @@ def _write(place: Place, slot: str, value: Tensor) -> None:
         held = module._parameters.get(name)
         if held is not None:
             held.copy_(part)
+
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@contextmanager
+def before(modules: Iterable[nn.Module], act: Before) -> Iterator[None]:
+    """For a while `act` sees what each of these modules is called with, before any port does, and may replace it."""
+    handles = [m.register_forward_pre_hook(act, prepend=True, with_kwargs=True) for m in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

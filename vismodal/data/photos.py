@@ -71,19 +71,19 @@ def read_photos(folder: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS,
     Raises InputError if the folder is not there, holds no usable photo, or if its metadata.jsonl is wrong.
     """
     root = _folder(folder)
-    entries = _entries(root)
+    entries = listing(root)
     captions, rejected = _captions(root, [path for path in entries if os.path.isfile(path)])
     photos: list[Photo] = []
     for path in entries:
         if _holds_captions(path):
             continue
         try:
-            photos.append(Photo(path, _shrunk(_read(path, max_pixels), side), captions.get(path)))
+            photos.append(Photo(path, _shrunk(read_picture(path, max_pixels), side), captions.get(path)))
         except Unusable as error:
             rejected.append(Rejected(path, one_line(str(error))))
     if not photos:
         raise InputError(_nothing(root, rejected))
-    return Photos(tuple(photos), tuple(sorted(rejected, key=lambda r: _natural(r.path.name))))
+    return Photos(tuple(photos), tuple(sorted(rejected, key=lambda r: natural(r.path.name))))
 
 
 def pixels(
@@ -149,22 +149,22 @@ def _folders(parent: Path) -> list[str]:
         return []
 
 
-def _entries(root: Path) -> list[Path]:
+def listing(root: Path) -> list[Path]:
     """What lies directly in the folder and is not hidden, in natural order."""
     try:
         found = [p for p in root.iterdir() if not p.name.startswith(".") and p.name.lower() not in _IGNORED]
     except OSError as error:
         raise InputError(f"{root} cannot be read: {error.strerror or error}") from error
-    return sorted(found, key=lambda path: _natural(path.name))
+    return sorted(found, key=lambda path: natural(path.name))
 
 
-def _natural(name: str) -> tuple[list[str | int], str]:
+def natural(name: str) -> tuple[list[str | int], str]:
     """Sorts 2.jpg before 10.jpg; the name itself decides between a1 and a01."""
     parts = re.split(r"(\d+)", name.casefold())  # text, number, text, ...: the kinds never meet
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
@@ -180,7 +180,7 @@ def _captions(root: Path, files: Sequence[Path]) -> tuple[dict[Path, str], list[
         rows = metadata_captions(root / METADATA, [path.name for path in files])
         captions = {root / name: caption for name, caption in rows.items()}
     for text in (path for path in files if path.suffix.lower() == ".txt"):
-        pictures = [path for path in files if path.stem == text.stem and _is_picture(path)]
+        pictures = [path for path in files if path.stem == text.stem and is_picture(path)]
         if not pictures:
             rejected.append(Rejected(text, "a text file that belongs to no photo (a.txt is the caption of a.jpg)"))
             continue
@@ -194,13 +194,13 @@ def _captions(root: Path, files: Sequence[Path]) -> tuple[dict[Path, str], list[
     return captions, rejected
 
 
-def _read(path: Path, max_pixels: int) -> Image.Image:
-    """The upright RGB picture in a file. Raises Unusable with the reason."""
+def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The upright RGB picture in a file. Raises `Unusable` (of `decode`) with the reason."""
     if os.path.isdir(path):
-        raise Unusable("a folder; only the pictures directly in the photo folder are read")
+        raise Unusable("a folder; only the pictures directly in the folder above are read")
     if not os.path.isfile(path):  # a broken link, or a pipe, which would block on opening
         raise Unusable("not a file (a broken link or a device)")
-    if not _is_picture(path):
+    if not is_picture(path):
         todo = "; save it as one of these" if path.suffix.lower() in _OTHER_PICTURES else ""
         raise Unusable(f"not a jpg, png or webp picture{todo}")
     try:
@@ -222,8 +222,8 @@ def _shrunk(image: Image.Image, side: int | None) -> Image.Image:
 def _nothing(root: Path, rejected: Sequence[Rejected]) -> str:
     """Why a folder gave no photo, and what to do."""
     todo = "put a few jpg, png or webp pictures of the subject there"
-    inside = [path for path in _entries(root) if os.path.isdir(path) and any(map(_is_picture, _entries(path)))]
-    if inside and not any(_is_picture(r.path) for r in rejected):
+    inside = [path for path in listing(root) if os.path.isdir(path) and any(map(is_picture, listing(path)))]
+    if inside and not any(is_picture(r.path) for r in rejected):
         return f"{root} has pictures in subfolders only, which are not read; write one of them, like {inside[0]}"
     if not rejected:
         return f"{root} is empty; {todo}"

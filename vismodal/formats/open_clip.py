@@ -81,16 +81,16 @@ def _converted(
     model: nn.Module, tokenizer: Tokenizer
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], CLIPTokenizer]:
     """Tensors, config, the image processor's settings, and the tokenizer."""
-    _check_adapters(model)
+    check_adapters(model)
     cfg, texts = model_cfg_of(model), _clip_tokenizer(tokenizer)
     texts.model_max_length = cfg["text_cfg"]["context_length"]
     largest = max(texts.get_vocab().values())
     ids = Ids(texts.bos_token_id, texts.eos_token_id, texts.pad_token_id, largest)
     tensors, config = to_transformers(model.state_dict(), cfg, ids)
-    return tensors, config, preprocessor(_preprocess_cfg(model)), texts
+    return tensors, config, preprocessor(preprocess_cfg_of(model)), texts
 
 
-def _check_adapters(model: nn.Module) -> None:
+def check_adapters(model: nn.Module) -> None:
     """What is written must be what the model computes now, and what the user thinks that it computes."""
     banks = {path: m for path, m in model.named_modules() if BANK in m._modules}
     for path, module in banks.items():
@@ -133,7 +133,7 @@ def preprocessor(preprocess_cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _preprocess_cfg(model: nn.Module) -> dict[str, Any]:
+def preprocess_cfg_of(model: nn.Module) -> dict[str, Any]:
     visual: Any = model.visual
     if not hasattr(visual, "preprocess_cfg"):
         raise InputError(

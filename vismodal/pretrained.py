@@ -1,0 +1,163 @@
+"""A CLIP or SigLIP from wherever it comes, of open_clip or transformers, with what makes its pictures and texts.
+
+load_clip(None)                             the embedded tiny-clip, of open_clip
+load_clip(None, "transformers")             the same in transformers
+load_clip("ViT-B-32/laion2b_s34b_b79k")     open_clip's name and tag
+load_clip("hf-hub:OWNER/NAME")              open_clip's, on the Hub
+load_clip("OWNER/NAME")                     transformers', on the Hub
+load_clip("FOLDER")                         either; the files tell
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vismodal import models
+from vismodal.errors import InputError
+
+Library = Literal["open_clip", "transformers"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model and its surroundings.
+
+    Args:
+        model: in eval mode, fp32 and frozen.
+        preprocess: a PIL picture -> 3 h w, as for evaluation.
+        tokenizer: open_clip's, or the one of transformers.
+        library: whose model it is.
+        size: side of the pictures.
+        context: how many tokens a text has room for.
+        config: what `open_clip_config.json` says, where that is known.
+        processor: transformers' processor.
+        embedded: whether it is the one that comes along.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Any
+    library: Library
+    size: int
+    context: int
+    config: dict[str, Any] | None = field(default=None, repr=False)
+    processor: Any = None
+    embedded: bool = False
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """n L; what is too long is cut, and ends with the end of text: `too_long` tells which."""
+        if self.library == "open_clip":
+            ids: Tensor = self.tokenizer(list(texts))
+            return ids
+        options = {"padding": "max_length", "truncation": True, "max_length": self.context}
+        return torch.tensor(self.tokenizer(list(texts), **options)["input_ids"])
+
+    def too_long(self, texts: Sequence[str]) -> list[int]:
+        """The places of the texts of which the model would not see all tokens."""
+        if self.library == "transformers":
+            rows = self.tokenizer(list(texts))["input_ids"]
+            return [i for i, row in enumerate(rows) if len(row) > self.context]
+        if not hasattr(self.tokenizer, "context_length"):  # a function of one's own
+            return []
+        roomy = self.tokenizer(list(texts), context_length=2 * self.context)[:, : self.context]
+        return (roomy != self.tokenizer(list(texts), context_length=self.context)).any(1).nonzero().flatten().tolist()
+
+
+def load_clip(source: str | None, library: Library | None = None) -> Pretrained:
+    """Raises `InputError` for what is no such model, or whose library is not installed."""
+    if source is None:
+        return _embedded(library or "open_clip")
+    folder = Path(source).expanduser()
+    try:
+        if folder.is_dir():
+            if (folder / "open_clip_config.json").is_file() and library != "transformers":
+                config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+                return _open_clip(f"local-dir:{folder}", config)
+            if (folder / "config.json").is_file() and library != "open_clip":
+                return _transformers(str(folder))
+            raise InputError(f"{folder} holds no open_clip_config.json and no config.json; write a model's folder")
+        if source.startswith("hf-hub:"):
+            return _open_clip(source, None)
+        return _named(source)
+    except ModuleNotFoundError as error:
+        raise InputError(f'{source} needs {error.name}; write pip install "vismodal[clip]"') from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the model {source!r} cannot be loaded: {error}") from error
+
+
+def _embedded(library: Library) -> Pretrained:
+    if library == "transformers":
+        twin = models.load("tiny-clip", library="transformers")
+        return replace(_of_transformers(twin.model, twin.processor), embedded=True)
+    from vismodal.paths import asset
+
+    model, preprocess, tokenizer = models.load("tiny-clip")
+    config = json.loads((asset("tiny-clip") / "open_clip_config.json").read_text(encoding="utf-8"))
+    return replace(_of_open_clip(model, preprocess, tokenizer, config), embedded=True)
+
+
+def _named(source: str) -> Pretrained:
+    """`ARCH/TAG` of open_clip where it has such a pair, else a repository of transformers'."""
+    import open_clip
+
+    arch, _, tag = source.partition("/")
+    if arch in open_clip.list_models():
+        if tag not in open_clip.list_pretrained_tags_by_model(arch):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
+            raise InputError(f"open_clip has no weights {tag!r} of {arch}; write {arch}/TAG with one of {tags}")
+        config = {"model_cfg": open_clip.get_model_config(arch)}
+        model, preprocess = open_clip.create_model_from_pretrained(arch, pretrained=tag)
+        return _of_open_clip(model, preprocess, open_clip.get_tokenizer(arch), config)
+    if not tag:
+        raise InputError(
+            f"there is no folder {source!r}; write a model's folder, OWNER/NAME of transformers on the Hub, "
+            "hf-hub:OWNER/NAME of open_clip, or ARCH/TAG such as ViT-B-32/laion2b_s34b_b79k"
+        )
+    return _transformers(source)
+
+
+def _open_clip(name: str, config: dict[str, Any] | None) -> Pretrained:
+    import open_clip
+
+    model, preprocess = open_clip.create_model_from_pretrained(name)
+    return _of_open_clip(model, preprocess, open_clip.get_tokenizer(name), config)
+
+
+def _of_open_clip(model: Any, preprocess: Any, tokenizer: Any, config: dict[str, Any] | None) -> Pretrained:
+    side = model.visual.image_size
+    size = side if isinstance(side, int) else side[0]
+    context = int(getattr(model, "context_length", None) or tokenizer.context_length)
+    return Pretrained(
+        model.eval().float().requires_grad_(False), preprocess, tokenizer, "open_clip", size, context, config
+    )
+
+
+def _transformers(source: str) -> Pretrained:
+    from transformers import AutoModel, AutoProcessor
+
+    model, processor = AutoModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    if not hasattr(model, "get_text_features") or not hasattr(model, "logit_scale"):
+        raise InputError(f"{source} is a {type(model).__name__}; write a CLIPModel or SiglipModel")
+    return _of_transformers(model, processor)
+
+
+def _of_transformers(model: Any, processor: Any) -> Pretrained:
+    pictures = processor.image_processor
+
+    def preprocess(image: Image.Image) -> Tensor:
+        pixels: Tensor = pictures(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    context, size = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
+    frozen = model.eval().float().requires_grad_(False)
+    return Pretrained(frozen, preprocess, processor.tokenizer, "transformers", size, context, None, processor)
