@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ PACKAGE = ROOT / "vismodal"
 
 # the module (or package) and the floor it stands on; a file imports its own floor and those below
 FLOORS = {
-    **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "site", "discover", "recompute"), 0),
+    **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "quantised", "limit", "site"), 0),
+    **dict.fromkeys(("discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
-    **dict.fromkeys(("bank", "adapter", "attach"), 2),
+    **dict.fromkeys(("bank", "pruning", "adapter", "attach"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats"), 3),
     **dict.fromkeys(("losses", "data", "train", "callbacks", "resume", "interrupt", "draw", "report"), 4),
     **dict.fromkeys(("denoise", "diffusion", "evaluate", "models", "prompts", "runs", "judge", "entries", "drawn"), 4),
@@ -51,6 +53,24 @@ def test_imports_only_go_down(path: Path) -> None:
 def test_a_method_knows_no_family_and_no_port() -> None:
     for path in (PACKAGE / "methods").glob("*.py"):
         assert not imported(path) & {"families", "ports", "adapter", "attach"}, path.name
+
+
+def test_a_method_knows_no_library_of_models() -> None:
+    known = {"timm", "open_clip", "transformers", "diffusers"}
+    for path in (PACKAGE / "methods").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        roots = {n.module.partition(".")[0] for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+        roots |= {a.name.partition(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        # a side may be any model of timm, built by its name
+        assert roots & known == ({"timm"} if path.name == "sidetuning.py" else set()), path.name
+
+
+def test_a_typical_method_is_short() -> None:
+    texts = [path.read_text() for path in (PACKAGE / "methods").glob("*.py")]
+    lengths = [len(text.splitlines()) for text in texts if "    paper: ClassVar[str] = " in text]
+    assert len(lengths) > 30
+    assert statistics.median(lengths) < 120
+    assert max(lengths) < 300
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK
 from vismodal.methods.base import Built, Method, SpanModule
+from vismodal.quantised import values
 from vismodal.site import Site
 
 FCN4 = ((16, 1), (16, 2), (32, 2), (64, 1))  # channels and stride; the last one has no norm
@@ -141,6 +142,9 @@ def _copy(site: Site, blocks: int | None) -> nn.Module:
         raise InputError("SideTuning: side='copy' needs the plain base; attach it before other adapters")
     side: Any = copy.deepcopy(base)
     side.reset_classifier(0)
+    for module in side.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else nn.Parameter(values(p).detach())
     if blocks is not None:
         if not isinstance(getattr(side, "blocks", None), nn.Sequential):
             raise InputError(f"SideTuning: blocks={blocks} needs a base of one width; {type(base).__name__} has stages")
