@@ -25,6 +25,7 @@ import publish  # noqa: E402
 import stable_diffusion  # noqa: E402
 import teacher  # noqa: E402
 import tokenizer  # noqa: E402
+import trainer  # noqa: E402
 import vit  # noqa: E402
 from muon import orthogonalise  # noqa: E402
 
@@ -105,7 +106,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a trained tokenizer and autoencoder."""
     out = tmp_path_factory.mktemp("runs")
     tokenizer.main(tokenizer.Config(data=folder, out=out / "tokenizer", size=700, length=16))
-    figures = autoencoder.train(autoencoder_config(folder, out / "autoencoder"))
+    figures = autoencoder.main(autoencoder_config(folder, out / "autoencoder"))
     assert np.isfinite(figures["psnr_noto"])
     return out
 
@@ -174,13 +175,13 @@ def test_tokenizer_encodes_any_text(trained: Path) -> None:
 
 
 def test_autoencoder_resumes_exactly(folder: Path, trained: Path, tmp_path: Path) -> None:
-    whole = autoencoder.train(autoencoder_config(folder, tmp_path / "whole", steps=4))
+    whole = autoencoder.main(autoencoder_config(folder, tmp_path / "whole", steps=4))
     config = autoencoder_config(folder, tmp_path / "parts", steps=4)
     with pytest.MonkeyPatch.context() as patch:
         # stops as SIGTERM does, after the second step
-        patch.setattr(autoencoder, "Stop", lambda: AskedAfter(2))
-        autoencoder.train(config)
-    assert autoencoder.train(config) == whole
+        patch.setattr(trainer, "Stop", lambda: AskedAfter(2))
+        autoencoder.main(config)
+    assert autoencoder.main(config) == whole
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -251,7 +252,7 @@ def test_vit_learns_exports_and_resumes_exactly(photos: Path, tmp_path: Path, sm
     shutil.copytree(tmp_path / "whole", tmp_path / "parts", ignore=lambda _, names: {"state.safetensors"} & set(names))
     parts = vit_config(photos, tmp_path / "parts", steps=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit, "Stop", lambda: AskedAfter(2))
+        patch.setattr(trainer, "Stop", lambda: AskedAfter(2))
         vit.main(parts)
     vit.main(parts)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
@@ -287,7 +288,7 @@ def test_contrastive_trains_exports_and_resumes_exactly(photos: Path, trained: P
     ids = open_clip.get_tokenizer(f"local-dir:{folder}")(["An apple", "größe"])
     assert torch.isfinite(model(torch.rand(2, 3, 64, 64), ids)[0]).all()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contrastive, "Stop", lambda: AskedAfter(2))
+        patch.setattr(trainer, "Stop", lambda: AskedAfter(2))
         contrastive.main(config(tmp_path / "parts"))
     contrastive.main(config(tmp_path / "parts"))
     assert same_weights(tmp_path / "whole", tmp_path / "parts")

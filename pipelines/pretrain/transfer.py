@@ -21,7 +21,6 @@ from cifar import Labelled, jitter, normalise
 from jsonargparse import auto_cli
 from loop import Schedule, Workers, single_core_threads
 from muon import Muon, split
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -56,7 +55,7 @@ def load_vit(folder: Path) -> VisionTransformer:
 def load_folder(folder: Path, side: int) -> Labelled:
     """A folder of one folder a class, the middle square of each picture in `side` px."""
     to_square = v2.Compose([v2.Resize(side, v2.InterpolationMode.BICUBIC), v2.CenterCrop(side), v2.PILToTensor()])
-    found = ImageFolder(str(folder), transform=to_square, loader=lambda path: Image.open(path).convert("RGB"))
+    found = ImageFolder(str(folder), transform=to_square)
     pictures, labels = zip(*found, strict=True)
     return Labelled(torch.stack(pictures), torch.tensor(labels), tuple(found.classes))
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 import transfer
 from cifar import MEAN, STD, load_cifar
 from PIL import Image
@@ -57,7 +58,7 @@ def write_sheet(folder: Path, data: Path, count: int = 24) -> None:
     """Test pictures with the model's answer, and the truth in brackets where it differs."""
     model = transfer.load_vit(folder)
     test = load_cifar(data, "test")
-    rows = rng(0, "sheet").permutation(len(test))[:count]
+    rows = torch.from_numpy(rng(0, "sheet").permutation(len(test))[:count])
     shown = test.subset(rows)
     answers = transfer.outputs(model, shown.pictures, tokens=False).argmax(1)
     lines = [
