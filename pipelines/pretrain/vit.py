@@ -171,7 +171,7 @@ class VitTrainer(Trainer[Student]):
     def measure(self) -> dict[str, float]:
         """Accuracy on the held-out pictures."""
         held = self.lessons.validation
-        return {"validation": accuracy(transfer.outputs(self.average.copy.vit, held.pictures, False), held.labels)}
+        return {"validation": accuracy(transfer.logits(self.average.copy.vit, held.pictures), held.labels)}
 
     def write_assets(self) -> dict[str, float]:
         """Measured as they are loaded from there."""
