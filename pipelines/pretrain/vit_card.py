@@ -98,6 +98,7 @@ A timm `VisionTransformer` of {megabytes:.1f} MB for 32 px pictures and CIFAR-10
 CPU in seconds, trained well enough that adapting it means something.
 
 ```python
+import timm
 
 model = timm.create_model("local-dir:assets/tiny-vit", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
