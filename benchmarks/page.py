@@ -96,35 +96,39 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     models = [model for model in WORDS if any(row["model"] == model and row.get("parameters") for row in rows)]
     figure = Figure(figsize=(13, 8.5 * max(1, len(models))), layout="constrained")
     FigureCanvasAgg(figure)
-    surveys = sorted({row["survey"] for row in rows if row.get("survey") and "method" in row})
-    colours = {survey: f"C{i}" for i, survey in enumerate(surveys)} | {"": "black"}
-    for i, model in enumerate(models):
-        axes = figure.add_subplot(len(models), 1, i + 1)
+    surveys = sorted({row["survey"] for row in rows if row.get("parameters") and row["survey"]})
+    colours = {"": "black"} | {survey: f"C{i}" for i, survey in enumerate(surveys)}
+    panels = [figure.add_subplot(len(models), 1, i + 1) for i in range(len(models))]
+    for model, axes in zip(models, panels, strict=True):
         mine = [row for row in rows if row["model"] == model]
-        points = [row for row in mine if row.get("parameters")]
-        sign = -1 if WORDS[model] == "loss" else 1
         for survey, colour in colours.items():
-            of = [row for row in points if row["survey"] == survey]
-            x, y = [row["parameters"] for row in of], [sign * row["test"] for row in of]
-            axes.scatter(x, y, color=colour, s=28, label=survey or "all parameters", zorder=3)
+            points = [(x, y) for x, y, _ in _points(mine, survey)]
+            if points:
+                axes.scatter(*zip(*points, strict=True), color=colour, s=28, label=survey or "all of them", zorder=3)
         for row in (row for row in mine if "method" not in row):
-            axes.axhline(sign * row["test"], color="gray", linestyle="--", linewidth=1)
-            axes.annotate(row["label"], (1, sign * row["test"]), xycoords=("axes fraction", "data"), ha="right",
+            axes.axhline(abs(row["test"]), color="gray", linestyle="--", linewidth=1)
+            axes.annotate(row["label"], (1, abs(row["test"])), xycoords=("axes fraction", "data"), ha="right",
                           va="bottom", fontsize=8, color="gray")  # fmt: skip
         axes.set(xscale="log", xlabel="trained parameters", ylabel=f"{WORDS[model]} on test", title=model)
         axes.margins(x=0.1)
         axes.grid(alpha=0.3)
-        label(figure, axes, [(row["parameters"], sign * row["test"], row["label"]) for row in points])
-        if i == 0:
-            axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="best")
+    for model, axes in zip(models, panels, strict=True):  # now that all have their sizes
+        label(figure, axes, _points([row for row in rows if row["model"] == model]))
     figure.savefig(path, dpi=110)
+
+
+def _points(rows: Sequence[Row], survey: str | None = None) -> list[tuple[float, float, str]]:
+    """Parameters, the figure on test, and the label, of those that train any."""
+    rows = [row for row in rows if row.get("parameters") and survey in (None, row["survey"])]
+    return [(row["parameters"], abs(row["test"]), row["label"]) for row in rows]
 
 
 def label(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Names beside the points, moved up and down until no two of them lie on one another."""
     figure.draw_without_rendering()
-    places = axes.transData.transform([(x, y) for x, y, _ in points]) if points else []
-    taken: list[tuple[float, float, float]] = []  # left, right, middle, in pixels
+    places = axes.transData.transform([(x, y) for x, y, _ in points])
+    taken = [(px - 5, px + 5, py) for px, py in places]  # left, right, middle, in pixels
     height, letter = 0.14 * figure.dpi, 0.075 * figure.dpi
     for (px, py), (x, y, name) in sorted(zip(places, points, strict=True), key=lambda each: -each[0][1]):
         left, right = px + 6, px + 6 + letter * len(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,9 @@ from zoo import BY_NAME, METHODS, Case, close, fixed, shake
 
 import vismodal as vm
 from vismodal.methods import METHODS as ALL
+from vismodal.methods import Built, WeightModule
 from vismodal.quantised import is_quantised, values
+from vismodal.site import Site
 
 VIT = BY_NAME["timm-vit_tiny_patch16_224"]
 CLIP = BY_NAME["classifier-clip"]
@@ -260,17 +263,64 @@ def test_merging_is_refused_where_the_weight_would_change_and_exact_where_only_t
     assert torch.equal(VIT.run(model.requires_grad_(False)), y0)
 
 
+class Shift(WeightModule):
+    """b' = b + 1 in all rows."""
+
+    bias_only = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(24))
+
+    def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        assert W is None
+        assert b is not None
+        return W, b + self.one
+
+
+class Shifted(vm.LoRA):
+    def build(self, sites: Sequence[Site]) -> Built:
+        return Built(tuple(Shift() for _ in sites))
+
+
+def test_who_leaves_the_weight_alone_sees_nothing_of_a_quantised_one() -> None:
+    model, W = net()
+    adapter = vm.adapt(model, Shifted(sites=("whole",)), sites=TABLE)
+    x = fixed(3, 16)
+    want = F.linear(x.double(), W, model.layer.bias.double() + 1)
+    assert close(model(x).double(), want, 2e-6)
+    adapter.merge()
+    assert close(model(x).double(), want, 2e-6)
+
+
+def test_a_side_network_begins_as_a_float_copy() -> None:
+    model = int8(VIT)
+    adapter = vm.adapt(model, vm.SideTuning(side="copy"))
+    assert not any(is_quantised(t) for t in adapter.state_dict().values())
+    before = {k: t.clone() for k, t in adapter.state_dict().items()}
+    VIT.run(model).square().mean().backward()
+    assert adapter.unused() == []
+    torch.optim.SGD(adapter.parameters(), lr=0.1).step()
+    moved = [k for k, t in adapter.state_dict().items() if not torch.equal(t, before[k])]
+    assert any("fc1.weight" in k for k in moved)
+
+
 def test_two_that_do_not_go_together_on_a_weight() -> None:
     model = int8(VIT)
-    lora = vm.adapt(model, vm.LoRA(sites=("attn.q",)), name="lora")
+    lora = vm.adapt(model, vm.LoRA(sites=("attn.q", "mlp.down")), name="lora")
     shake(lora)
     y = VIT.run(model)
-    for other in (vm.DoRA(sites=("attn.v",)), vm.BitFit(where="*.attn.qkv")):
+    for other in (
+        vm.DoRA(sites=("attn.v",)),
+        vm.BitFit(where="*.attn.qkv"),
+        vm.IA3(sites=("mlp.down",)),
+        vm.OFT(sites=("attn.v",)),
+    ):
         with pytest.raises(vm.InputError, match="do not go together on it, leave one of them out"):
             vm.adapt(model, other, name="other")
         assert list(vm.attached(model)) == ["lora"]
         assert torch.equal(VIT.run(model), y)
-    second = vm.adapt(model, [vm.SSF(sites=("attn.qkv", "norm")), vm.BitFit(where="*.mlp.*")], name="other")
+    second = vm.adapt(model, [vm.SSF(sites=("attn.qkv", "norm")), vm.BitFit(where="*.mlp.fc1")], name="other")
     assert not close(VIT.run(model), y, 1e-4)
     second.detach()
     assert torch.equal(VIT.run(model), y)
@@ -296,6 +346,23 @@ def test_a_weight_that_is_read_past_its_layer() -> None:
     assert close(model(x), F.linear(x, values(model.layer.weight), module.value), 2e-6)
     model(x).mean().backward()
     assert adapter.unused() == []
+
+
+def test_a_weight_in_two_places_of_which_one_reads_it() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.called(x), self.read.weight)
+
+    model = quantise(Tied())
+    model.read.weight = model.called.weight
+    table = {Tied: (vm.Weight("w", "called.weight"), vm.Weight("v", "read.weight", reader=""))}
+    with pytest.raises(vm.InputError, match="Tied reads this one itself"):
+        vm.adapt(model, vm.LoRA(sites=("w",)), sites=table)
+    assert is_bare(model)
 
 
 def test_quantising_after_attaching() -> None:

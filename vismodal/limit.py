@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 from vismodal.errors import InputError
 
 
-class Spot(NamedTuple):
+@dataclass(frozen=True)
+class Spot:
     """Where a site lies: its module, its block among those of its tower, and whether it is a span."""
 
     path: str
-    index: int | None
+    block: int | None
     depth: int
     is_span: bool
 
@@ -45,13 +45,13 @@ class Limit:
             if not any(fnmatchcase(spot.path, glob) for spot in spots.values()):
                 paths = ", ".join(dict.fromkeys(spot.path or "the model itself" for spot in spots.values()))
                 raise InputError(f"where={glob!r} matches no module that the adapter is on: {paths}")
-        whole = [key for key, spot in spots.items() if spot.is_span and spot.index is None]
+        whole = [key for key, spot in spots.items() if spot.is_span and spot.block is None]
         if self.layers is not None and whole:
             raise InputError(
                 f"{whole[0]} is no part of one block and acts as a whole, so no layers of it can be left out; say what"
                 " is to act by where=..."
             )
-        blocks = {key: spot for key, spot in spots.items() if spot.index is not None}
+        blocks = {key: spot for key, spot in spots.items() if spot.block is not None}
         if self.dropped(spots) == spots.keys() or (self.layers is not None and blocks.keys() <= self.dropped(blocks)):
             depths = ", ".join(dict.fromkeys(str(spot.depth) for spot in blocks.values())) or "no"
             raise InputError(
@@ -59,7 +59,7 @@ class Limit:
             )
 
     def _in_layers(self, spot: Spot) -> bool:
-        return self.layers is None or spot.index is None or spot.index in range(spot.depth)[self.layers]
+        return self.layers is None or spot.block is None or spot.block in range(spot.depth)[self.layers]
 
     def _matches(self, spot: Spot) -> bool:
         return any(fnmatchcase(spot.path, glob) for glob in self.where)

@@ -53,7 +53,9 @@ class Port:
         """Hooks are made only when modules come or go; switching and scaling change plain state."""
         for handle in self.handles:
             handle.remove()
-        self.handles = list(self._hooks()) if self.entries else []
+        self.handles = []
+        for handle in self._hooks() if self.entries else ():  # one by one: a refusal leaves none of them behind
+            self.handles.append(handle)
 
     def _hooks(self) -> Iterator[RemovableHandle]:
         raise NotImplementedError

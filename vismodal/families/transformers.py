@@ -116,8 +116,8 @@ TABLE: Table = {
     siglip.SiglipModel: TOWERS,
 }
 
-SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-SMALL_PICTURES = {**SMALL, "image_size": 32, "patch_size": 16}
+SMALL: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL_PICTURES: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 16}
 
 
 def example() -> nn.Module:

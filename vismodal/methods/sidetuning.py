@@ -7,8 +7,8 @@ trains beside it. Where y is tokens (transformers' ViT and DINOv2), side(x) is b
 at all. With a = 0, as in the official code, base and side count half and half.
 
 The side is a convolutional network (`fcn4`, the official one for small pictures, with a linear layer to the base's
-width), a timm model, or a copy of a timm base (`copy`), which may be cut after its first blocks. The paper also begins
-with a side that was distilled from the base: train one and load its weights into the module's `side`.
+width), a timm model, or a copy of a timm base (`copy`), pruned of all but its first blocks if asked. The paper also
+begins with a side that was distilled from the base: train one and load its weights into the module's `side`.
 
 On a UNet x are the noisy latents and y the prediction; `fcn4` keeps their size there. It sees neither time step nor
 text, which reach a UNet beside its input, so it can correct what is common to all of them; a large `alpha` begins near
