@@ -81,11 +81,11 @@ def test_only_ports_touch_hooks(path: Path) -> None:
 
 def test_import_is_cheap_and_lazy() -> None:
     code = (
-        "import time, torch; start = time.perf_counter(); import vismodal, sys;"
-        "print(time.perf_counter() - start, *[m for m in ('transformers', 'diffusers', 'timm') if m in sys.modules])"
+        "import time, torch; start = time.process_time(); import vismodal, sys;"
+        "print(time.process_time() - start, *[m for m in ('transformers', 'diffusers', 'timm') if m in sys.modules])"
     )
     seconds, *loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.split()
     assert loaded == []
-    assert float(seconds) < 0.5  # measured at 0.03 s: it can only fail by an import too many
+    assert float(seconds) < 0.5  # of processor time, measured at 0.16 s: it can only fail by an import too many
