@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make check  ruff, mypy and the tests: what every commit passes
 # make bench  the comparison with peft, into benchmarks/results/
+# make bench-methods DATA=FOLDER  every method on the embedded models; goes on where it was stopped
 # make assets-eval DATA=FOLDER  the figures in the cards of assets/, measured again
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
-.PHONY: demo test check bench assets-eval clean
+.PHONY: demo test check bench bench-methods assets-eval clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -32,6 +33,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/speed.py
+
+bench-methods: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py --data $(DATA)
 
 assets-eval: $(READY)
 	$(BIN)/python pipelines/pretrain/evaluate.py --data $(DATA)

@@ -21,6 +21,8 @@ from vismodal.methods.base import Method, WeightModule
 from vismodal.methods.loha import Hadamard
 from vismodal.methods.lokr import factorise
 
+NO_LYCORIS = "there is no lycoris_lora to compare with: pip install -e '.[dev]'"
+
 # -- the formulas, by hand and in fp64 ------------------------------------------------------------------------------
 
 
@@ -300,7 +302,9 @@ def test_counts_on_vit_base(method: Method, count: int) -> None:
 
 @pytest.mark.parametrize("factor", [None, 1, 4, 6, 16])
 def test_factors_are_those_of_lycoris(factor: int | None) -> None:
-    factorization = pytest.importorskip("lycoris.functional").factorization
+    pytest.importorskip("lycoris", reason=NO_LYCORIS)
+    from lycoris.functional import factorization
+
     for size in range(1, 400):
         assert factorise(size, factor) == factorization(size, -1 if factor is None else factor)
 
@@ -678,12 +682,12 @@ def test_peft_does_not_begin_at_the_base_with_oft_on_3x3() -> None:
     assert close(theirs(x), net(x), 2e-6)
 
 
-# -- LyCORIS (lycoris_lora, with einops and toml) ----------------------------------------------------------------------
+# -- LyCORIS (lycoris_lora) ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def lycoris() -> Any:
-    pytest.importorskip("lycoris")
+    pytest.importorskip("lycoris", reason=NO_LYCORIS)
     import lycoris.modules as modules
 
     return modules

@@ -84,6 +84,45 @@ def test_unipelt_in_transformers_and_the_gates_are_of_each_row() -> None:
     assert close(model(images[1:2]).last_hidden_state, whole[1:2], 1e-6)
 
 
+def test_any_list_of_methods_acts_on_one_model(tmp_path: Path) -> None:
+    """All at once, of every class in the survey: each learns, off is the base to the bit, and one file holds them."""
+    methods = [
+        vm.BitFit(), vm.LinearProbe(),  # what stands in for a tensor first, what changes it behind
+        vm.LoRA(rank=2), vm.DoRA(rank=2, sites=("attn.out",)), vm.PiSSA(rank=2, sites=("mlp.up",)),
+        vm.VeRA(rank=4), vm.LoHa(rank=2), vm.LoKr(rank=2), vm.OFT(block_size=4), vm.BOFT(block_size=4),
+        vm.AdaLoRA(rank=3, target=2), vm.DyLoRA(rank=2), vm.FacT(rank=2), vm.IA3(), vm.SSF(),
+        vm.SparseMask(criterion="magnitude", per="site"), vm.RepAdapter(rank=4),
+        vm.AdaptFormer(rank=8), vm.Houlsby(rank=2, std=0.1), vm.Pfeiffer(rank=2), vm.AdapterPlus(rank=2),
+        vm.Convpass(rank=2), vm.VPT(tokens=2), vm.VPT(sites=("tokens",), tokens=2), vm.Prefix(tokens=2),
+        vm.UniPELT(tokens=2, rank=2, width=3), vm.DTL(start=0),
+    ]  # fmt: skip
+    model, images = vit(), fixed(2, 3, 32, 32)
+    y0 = model.requires_grad_(False)(images)
+    adapter = vm.adapt(model, methods)
+    shake(adapter)
+    y = model(images)
+    y.square().mean().backward()
+    assert adapter.unused() == []
+    flat = [n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.any()]
+    assert flat == []
+    with adapter.disabled():
+        assert torch.equal(model(images), y0)
+    for slot, module in {k.partition("/")[0]: m for k, m in adapter.modules.items()}.items():
+        before = [p.detach().clone() for p in module.parameters()]
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        assert not close(model(images), y, 1e-5), slot
+        with torch.no_grad():
+            for p, old in zip(module.parameters(), before, strict=True):
+                p.copy_(old)
+    vm.save(adapter, tmp_path / "a.safetensors")
+    adapter.detach()
+    assert torch.equal(model.requires_grad_(False)(images), y0)
+    vm.load(model, tmp_path / "a.safetensors")
+    assert close(model(images), y, 2e-6)
+
+
 def test_gates_begin_half_open() -> None:
     adapter = vm.adapt(vit(), vm.UniPELT())
     for module in adapter.modules.values():
@@ -152,6 +191,11 @@ def test_counts_of_noah_on_vit_base() -> None:
     want = 768 * sum(p) + 4 * 768 * sum(r) + (2 * 768 + 1) * sum(w) + 12 * 768
     assert vm.NOAH.count(modules, subnet) == want == 320_330
     assert vm.adapt(model, vm.NOAH(subnet=subnet), name="subnet").num_parameters == want
+    # the mean of the 19 published subnets, from the sums of their sizes: every block has some of each kind
+    sums = {"tokens": (1306,), "ranks": (1240,), "widths": (1207,)}
+    one = list(vm.adapt(model, vm.NOAH(**sums, layers=slice(0, 1)), name="sums").modules.values())  # type: ignore[arg-type]
+    total = vm.NOAH.count(one, (1306, 1240, 1207)) + (19 * 12 - 1) * 768  # with a bias of the adapter for each block
+    assert total // 19 == 360_134
     none = (*p[:6], *[0] * 6, *r[:6], *[0] * 6, *w[:6], *[0] * 6)
     count = vm.adapt(model, vm.NOAH(subnet=none), name="first").num_parameters
     assert count == vm.NOAH.count(modules, none)

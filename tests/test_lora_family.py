@@ -214,6 +214,32 @@ def test_dora_against_peft(name: str) -> None:
         assert close(a.grad, b.grad.view_as(a), 1e-5)
 
 
+@every_layer
+def test_dora_against_lycoris(name: str) -> None:
+    """Equal but for the gradient of the direction: its norm is no constant there (section 4.3 of the paper)."""
+    pytest.importorskip("lycoris", reason="there is no lycoris_lora to compare with: pip install -e '.[dev]'")
+    from lycoris.modules import LoConModule
+
+    net, x = net_and_input(name)
+    theirs = LoConModule("x", copy.deepcopy(net.layer), 1.0, 3, alpha=6, weight_decompose=True)
+    adapter = vm.adapt(net, vm.DoRA(sites=("w",), rank=3, alpha=6), sites=TABLE)
+    mine = only(adapter)
+    pairs = ((mine.A, theirs.lora_down.weight), (mine.B, theirs.lora_up.weight), (mine.m, theirs.dora_scale))
+    assert close(mine.m, theirs.dora_scale.flatten(), 1e-6)
+    shake(adapter, 0.3)
+    with torch.no_grad():
+        for a, b in pairs:
+            b.copy_(a.view_as(b))
+    ours, peers = net(x), theirs(x)
+    assert close(ours, peers, 2e-6)
+    ours.square().sum().backward()
+    peers.square().sum().backward()
+    A, B, m = (close(a.grad, b.grad.view_as(a), 1e-5) for a, b in pairs)
+    assert m
+    assert not A
+    assert not B
+
+
 # -- PiSSA -------------------------------------------------------------------------------------------------------------
 
 

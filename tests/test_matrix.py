@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import BY_NAME, CASES, METHODS, Case, close, pairs, shake
+from zoo import BY_NAME, CASES, CLASSIFIERS, EVERYWHERE, METHODS, Case, claims, close, left_out, pairs, shake
 
 import vismodal as vm
+from vismodal.methods import METHODS as registry
+from vismodal.methods import Method
 
 NO_CHECKPOINTING = {"open_clip-own-attention": "open_clip 3.3 hands its own blocks too many arguments"}
 every = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+every_other = pytest.mark.parametrize("name", [n for n in METHODS if n not in EVERYWHERE])
 every_method = pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{n}-{c.name}") for c, n in pairs()])
 
 
@@ -71,11 +74,24 @@ def test_output_at_init_and_off_and_scales(case: Case, name: str) -> None:
     assert torch.equal(case.run(model), full)
 
 
+def begins(module: nn.Module) -> bool:
+    """Whether one of its matrices that are zero, if any are, has a gradient: they are no two factors of one product."""
+    common = module.__dict__["shared"].parameters() if "shared" in module.__dict__ else ()
+    matrices = [p for p in (*module.parameters(), *common) if p.requires_grad and p.dim() > 1]
+    zero = [p for p in matrices if p.numel() and not p.any()]
+    return not zero or any(p.grad is not None and bool(p.grad.any()) for p in zero)
+
+
 @every_method
 def test_every_tensor_gets_gradient_and_no_site_is_dead(case: Case, name: str) -> None:
     model, _ = base(case)
     adapter = vm.adapt(model, METHODS[name].make(model))
     assert set(adapter.unused()) == set(adapter.modules)  # nothing has run yet
+    case.run(model).square().mean().backward()
+    assert adapter.unused() == []  # at the start neither
+    assert [key for key, module in adapter.modules.items() if not begins(module)] == []
+    for p in adapter.parameters():
+        p.grad = None
     shake(adapter)
     case.run(model).square().mean().backward()
     assert adapter.unused() == []
@@ -217,7 +233,7 @@ def test_compiled_whole_and_switched(name: str) -> None:
     assert close(compiled(model), y0, 2e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("LoRA", "Tune")])
+@every_other
 def test_every_method_compiles_whole(name: str) -> None:
     case = next(c for c, _ in pairs([name]))
     model, y0 = base(case)
@@ -269,10 +285,47 @@ def test_two_adapters_in_any_order(case: Case) -> None:
     assert torch.equal(case.run(model.requires_grad_(False)), y0)
 
 
-@every
-def test_reinitialising_the_base_does_not_reach_the_adapter(case: Case) -> None:
+@every_other
+def test_every_method_beside_another(name: str) -> None:
+    """Switched and detached in any order, on the first model that it claims."""
+    case = next(c for c, _ in pairs([name]))
+    model, y0 = base(case)
+    a = vm.adapt(model, METHODS["LoRA"].make(model), name="a")
+    shake(a)
+    only_a = case.run(model)
+    vm.use(model)
+    b = vm.adapt(model, METHODS[name].make(model), name="b")
+    shake(b)
+    only_b = case.run(model)
+    for order in (("a", "b"), ("b", "a")):
+        vm.use(model, *order)
+        both = case.run(model)
+        assert not close(both, y0, 1e-4)
+        a.merge()
+        if mergeable(b):
+            b.merge()
+            assert close(case.run(model), both)
+            b.unmerge()
+        a.unmerge()
+        assert torch.equal(case.run(model), both)
+    for use, want in (("a", only_a), ("b", only_b)):
+        vm.use(model, use)
+        assert close(case.run(model), want, 2e-6)
+    a.detach()
+    assert close(case.run(model), only_b, 2e-6)
+    b.detach()
+    assert torch.equal(case.run(model.requires_grad_(False)), y0)
+
+
+def light(name: str) -> list[Case]:
+    """Every model for LoRA, one for each of the others."""
+    return CASES if name == "LoRA" else [next(c for c, _ in pairs([name]))]
+
+
+@pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{n}-{c.name}") for n in METHODS for c in light(n)])
+def test_reinitialising_the_base_does_not_reach_the_adapter(case: Case, name: str) -> None:
     model, _ = base(case)
-    adapter = vm.adapt(model, METHODS["LoRA"].make(model))
+    adapter = vm.adapt(model, METHODS[name].make(model))
     before = {k: v.clone() for k, v in adapter.state_dict().items()}
 
     def wipe(module: nn.Module) -> None:
@@ -285,3 +338,67 @@ def test_reinitialising_the_base_does_not_reach_the_adapter(case: Case) -> None:
         model.init_weights()
     model.load_state_dict(state)  # strict, with the adapter in place
     assert all(torch.equal(v, before[k]) for k, v in adapter.state_dict().items())
+
+
+# -- claims --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{n}-{c.name}") for c, n in left_out()])
+def test_what_is_claimed_beside_the_matrix(case: Case, name: str) -> None:
+    model, y0 = base(case)
+    adapter = vm.adapt(model, METHODS[name].make(model), seed=0)
+    shake(adapter)
+    y = case.run(model)
+    assert not close(y, y0, 1e-4)
+    y.square().mean().backward()
+    assert adapter.unused() == []
+    with adapter.disabled():
+        assert torch.equal(case.run(model), y0)
+
+
+def trials() -> dict[type[Method], list[str]]:
+    """The lines of the matrix by the class of their method."""
+    found: dict[type[Method], list[str]] = {}
+    for name, trial in METHODS.items():
+        found.setdefault(type(trial.make(pairs([name])[0][0].build())), []).append(name)
+    return found
+
+
+def test_the_catalogue_names_the_families_that_the_matrix_tries() -> None:
+    tried = trials()
+    table = vm.methods()
+    assert [row[0] for row in table.rows] == [m.__name__ for m in registry]
+    for method, row in zip(registry, table.rows, strict=True):
+        cells = dict(zip(table.head, row, strict=True))
+        families = {case.name.partition("-")[0] for case, _ in pairs(tried[method])}
+        # what needs nothing of a classifier is tried on what the classifier holds
+        families = families - {"classifier"} or {"vismodal"}
+        assert set(cells["families"].split(", ")) == families, method.__name__
+        assert cells["merges"] == ("yes" if method.mergeable else "no")
+
+
+@every
+def test_a_model_is_claimed_where_a_method_takes_it(case: Case) -> None:
+    model = case.build()
+    sites = vm.sites(model)
+    held = vm.sites(model.model) if case in CLASSIFIERS else ()
+    for method, names in trials().items():
+        if not (held and names[0] in EVERYWHERE):
+            takes = bool(method.takes(sites)) and not method.takes(held)
+            assert any(claims(name, case) for name in names) == takes, (method.__name__, method.takes(sites))
+
+
+ELSEWHERE = [
+    ("transformers-ViT", vm.NOAH(), r"no site of kind 'attn\.qkv'.*; NOAH goes here with sites=\('block', 'attn\.q', "),
+    ("diffusers-SD1.5", vm.SSF(), r"no site of kind 'embed'.*; SSF goes here with sites=\('conv', 'norm', "),
+    ("diffusers-SD1.5", vm.ResTuningBypass(), r"'features'.*; ResTuningBypass goes here with sites=\('decoder',\)$"),
+    ("timm-resnet18", vm.LoRA(), r"no site of kind 'attn\.q'.*; LoRA goes here with sites=\('conv',\)$"),
+    ("diffusers-SD1.5", vm.LinearProbe(), r"no head is known .*weight'\),\)}$"),
+    ("transformers-ViT", vm.NOAH(sites=("attn.qkv",)), r"no site of kind 'attn\.qkv'.*did you mean '.*'\?$"),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "message"), ELSEWHERE, ids=lambda p: str(p)[:30])
+def test_an_error_names_the_sites_that_a_method_takes_instead(name: str, method: Method, message: str) -> None:
+    with pytest.raises(vm.InputError, match=message):
+        vm.adapt(BY_NAME[name].model(), method)

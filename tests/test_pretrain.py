@@ -4,6 +4,8 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ import publish  # noqa: E402
 import stable_diffusion  # noqa: E402
 import teacher  # noqa: E402
 import tokenizer  # noqa: E402
+import trainer  # noqa: E402
 import vit  # noqa: E402
 from muon import orthogonalise  # noqa: E402
 
@@ -105,7 +108,7 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a trained tokenizer and autoencoder."""
     out = tmp_path_factory.mktemp("runs")
     tokenizer.main(tokenizer.Config(data=folder, out=out / "tokenizer", size=700, length=16))
-    figures = autoencoder.train(autoencoder_config(folder, out / "autoencoder"))
+    figures = autoencoder.main(autoencoder_config(folder, out / "autoencoder"))
     assert np.isfinite(figures["psnr_noto"])
     return out
 
@@ -174,14 +177,20 @@ def test_tokenizer_encodes_any_text(trained: Path) -> None:
 
 
 def test_autoencoder_resumes_exactly(folder: Path, trained: Path, tmp_path: Path) -> None:
-    whole = autoencoder.train(autoencoder_config(folder, tmp_path / "whole", steps=4))
-    config = autoencoder_config(folder, tmp_path / "parts", steps=4)
-    with pytest.MonkeyPatch.context() as patch:
-        # stops as SIGTERM does, after the second step
-        patch.setattr(autoencoder, "Stop", lambda: AskedAfter(2))
-        autoencoder.train(config)
-    assert autoencoder.train(config) == whole
+    whole = autoencoder.main(autoencoder_config(folder, tmp_path / "whole", steps=4))
+    in_two_runs(lambda: autoencoder.main(autoencoder_config(folder, tmp_path / "parts", steps=4)))
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert autoencoder.main(autoencoder_config(folder, tmp_path / "parts", steps=4)) == whole
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def in_two_runs(run: Callable[[], object]) -> None:
+    """Stops a run of four steps as SIGTERM does, after the second; the next may make three steps at most, which are
+    too few for one that begins anew."""
+    for steps in (2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "Stop", partial(AskedAfter, steps))
+            run()
 
 
 class AskedAfter(loop.Stop):
@@ -250,10 +259,7 @@ def test_vit_learns_exports_and_resumes_exactly(photos: Path, tmp_path: Path, sm
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts", ignore=lambda _, names: {"state.safetensors"} & set(names))
     parts = vit_config(photos, tmp_path / "parts", steps=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vit, "Stop", lambda: AskedAfter(2))
-        vit.main(parts)
-    vit.main(parts)
+    in_two_runs(lambda: vit.main(parts))
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -286,10 +292,7 @@ def test_contrastive_trains_exports_and_resumes_exactly(photos: Path, trained: P
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     ids = open_clip.get_tokenizer(f"local-dir:{folder}")(["An apple", "größe"])
     assert torch.isfinite(model(torch.rand(2, 3, 64, 64), ids)[0]).all()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contrastive, "Stop", lambda: AskedAfter(2))
-        contrastive.main(config(tmp_path / "parts"))
-    contrastive.main(config(tmp_path / "parts"))
+    in_two_runs(lambda: contrastive.main(config(tmp_path / "parts")))
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -307,6 +310,9 @@ def test_image_tower_starts_where_the_vit_stands(tmp_path: Path) -> None:
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **size).eval()
     tower = {"image_size": 64, "patch_size": 8, "width": 24, "layers": 2, "head_width": 8}
     clip = open_clip.CLIP(16, tower, {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1})
+    for p in model.parameters():  # large, or the class token, which is read, would see nothing of the patches
+        torch.nn.init.normal_(p, std=0.3)
+    torch.nn.init.normal_(model.pos_embed)  # and as large as the patches, whose scale would be lost in the norm
     contrastive.start_from(model, clip.visual)
     x = torch.randn(2, 3, 32, 32)
     expected = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -325,6 +331,10 @@ def test_captions_fit_every_picture_that_they_describe(photos: Path, trained: Pa
     assert fits.diagonal().eq(1).all(), "a caption fits its own picture"
     assert not fits[:8, 8:].any() and not fits[8:, :8].any(), "emoji and photos are told apart"
     assert fits[8:, 8:].sum() > 6, "photos of one class fit one another's captions"
+    others = torch.stack([pairs.batch(step, 0)[2][:4, 4:8].diagonal() for step in range(20)])
+    assert 0.1 < others.mean() < 0.9, (
+        "the other picture of an emoji fits where the caption does not name another ground"
+    )
     again = pairs.batch(3, 1)
     assert all(torch.equal(a, b) for a, b in zip((x, ids, fits), again, strict=True))
 

@@ -418,7 +418,11 @@ REFUSED = [
     ("timm-vit_tiny_patch16_224", vm.VPT(sites=("attn.q",)), r"prompts go to the blocks"),
     ("transformers-CLIP", vm.Prefix(), r"made for a fixed number.*where='vision_model\.\*'"),
     ("timm-vit_tiny_patch16_224", vm.Prefix(sites=("mlp",)), r"keys and values go to attention, sites=\('keys',\)"),
-    ("timm-beit_base_patch16_224", vm.Prefix(), r"no site of kind 'keys'"),
+    ("timm-beit_base_patch16_224", vm.Prefix(), r"relative position bias is made for a fixed number"),
+    ("timm-eva02_tiny_patch14_224", vm.Prefix(), r"rotary positions are given to every token"),
+    ("timm-swinv2_tiny_window8_256", vm.Prefix(), r"tokens are rows and columns that are cut into windows"),
+    ("open_clip-own-attention", vm.Prefix(where="visual.*"), r"computes its keys and values within"),
+    ("timm-eva02_tiny_patch14_224", vm.UniPELT(), r"rotary positions are given to every token"),
 ]
 
 

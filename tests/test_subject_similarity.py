@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_dog6_comes_closer_and_the_base_stays(tmp_path: Path, monkeypatch: pytes
     assert spec is not None
     assert spec.loader is not None
     subject = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "subject", subject)
+    monkeypatch.setitem(sys.modules, "subject", subject)
     spec.loader.exec_module(subject)
     found = subject.measure(subject.Config(data=DATA), tmp_path / "run")  # raises if the base has changed
     assert found["adapter"] > found["base"], found

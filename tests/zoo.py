@@ -247,11 +247,12 @@ GRIDS += ("*ViT", "*Dinov2*", "*-CLIP", "*SigLIP")
 
 
 # those that take tokens of their own
-TOKENS = ("timm-vit*", "timm-deit*", "timm-swin_*", "open_clip*", "*ViT", "*Dinov2", "*-CLIP", "*SigLIP", "diffusers*")
+TOKENS = ("timm-vit*", "timm-deit*", "timm-swin_*", "open_clip*", "*ViT", "*Dinov2*", "*-CLIP", "*SigLIP", "diffusers*")
+KEYS = tuple("open_clip-[!o]*" if glob == "open_clip*" else glob for glob in TOKENS)  # not the library's own attention
 SERIES = tuple(glob for glob in TOKENS if "swin" not in glob and "diffusers" not in glob)
 
 
-GATED = ("timm-vit*", "timm-deit*", "timm-swin_*", "transformers-ViT", "*Dinov2", "transformers-CLIP", "*s-SigLIP")
+GATED = ("timm-vit*", "timm-deit*", "timm-swin_*", "*-timm-tower", "*s-ViT", "*Dinov2*", "*s-CLIP", "*s-SigLIP")
 
 
 def noah(model: nn.Module) -> vm.NOAH:
@@ -291,6 +292,14 @@ def bypass(model: nn.Module) -> vm.ResTuningBypass:
     return vm.ResTuningBypass(sites=("decoder",) if "decoder" in kinds else ("features",), rank=4)
 
 
+def dtl_plus(model: nn.Module) -> vm.DTL:
+    """From the first block on: after the last of two, what is convolved reaches no class token."""
+    return vm.DTL(kernel=3, start=0, where=image_tower(model))
+
+
+SMALLEST = {"criterion": "magnitude", "per": "site"}
+
+
 def fitting(model: nn.Module, method: type[Method], bias: bool = False) -> tuple[str, ...]:
     """Kinds all of whose sites the method takes, with a bias each where that is asked for."""
     weights = [s for s in vm.sites(model) if s.slot == "weight" and not s.whole and s.kind != "head"]
@@ -310,20 +319,19 @@ METHODS: dict[str, Trial] = {
     "RepAdapter": Trial(repadapter, TRANSFORMERS),
     "VPT": Trial(lambda m: vm.VPT(tokens=2, where=image_tower(m)), TOKENS),
     "VPTshallow": Trial(lambda m: vm.VPT(sites=("tokens",), tokens=2), SERIES),
-    "Prefix": Trial(prefix, TOKENS),
+    "Prefix": Trial(prefix, KEYS),
     "UniPELT": Trial(lambda m: vm.UniPELT(tokens=2, rank=2, width=4, std=0.5, where=image_tower(m)), GATED),
     "NOAH": Trial(noah, TOKENS),
     "LoHa": Trial(lambda m: vm.LoHa(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
     "LoKr": Trial(lambda m: vm.LoKr(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
-    "FacT": Trial(lambda m: vm.FacT(sites=offered(m, FACT_KINDS), rank=2, tucker=True)),
+    "FacT": Trial(lambda m: vm.FacT(sites=fitting(m, vm.FacT), rank=2, tucker=True)),
     "OFT": Trial(lambda m: vm.OFT(sites=offered(m, LORA_KINDS), block_size=8)),
     "BOFT": Trial(lambda m: vm.BOFT(sites=offered(m, FACT_KINDS), block_size=4, side="out", rescale=True)),
     "SideTuning": Trial(lambda m: vm.SideTuning(), ENCODERS),
     "Ladder": Trial(lambda m: vm.Ladder(reduction=2, head=4), ONE_WIDTH),
     "ResTuningBypass": Trial(bypass, (*ONE_WIDTH, "diffusers*")),
     "DTL": Trial(lambda m: vm.DTL(), (*TRANSFORMERS, "timm-conv*")),
-    # from the first block on: after the last of two, what is convolved reaches no class token
-    "DTL+": Trial(lambda m: vm.DTL(kernel=3, start=0, where=image_tower(m)), (*GRIDS, "diffusers*")),
+    "DTL+": Trial(dtl_plus, (*GRIDS, "*swin*", "*-conv*", "diffusers*")),
     "DoRA": Trial(lambda m: vm.DoRA(sites=fitting(m, vm.DoRA), rank=2, alpha=3.0)),
     "PiSSA": Trial(lambda m: vm.PiSSA(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
     "VeRA": Trial(lambda m: vm.VeRA(sites=offered(m, LORA_KINDS), rank=4, d=1.0)),
@@ -335,7 +343,7 @@ METHODS: dict[str, Trial] = {
     "NormTuning": Trial(lambda m: vm.NormTuning()),
     "CrossAttention": Trial(lambda m: vm.CrossAttention(), ("diffusers*",)),
     "LinearProbe": Trial(lambda m: vm.LinearProbe(), ("timm*", "*-ViT", "*-Dinov2")),
-    "SparseMask": Trial(lambda m: vm.SparseMask(sites=offered(m, LORA_KINDS), criterion="magnitude", per="site")),
+    "SparseMask": Trial(lambda m: vm.SparseMask(sites=offered(m, LORA_KINDS), density=0.05, **SMALLEST)),
 }
 
 METHODS |= {  # on classifiers alone
@@ -357,16 +365,27 @@ REPRESENTATIVES = (
 )  # fmt: skip
 
 
+def claims(name: str, case: Case) -> bool:
+    """Whether a method claims a model; of classifiers it has to say so, or to go over every model."""
+    globs = METHODS[name].claims
+    says_so = case not in CLASSIFIERS or name in EVERYWHERE or "*" not in globs
+    return says_so and any(fnmatchcase(case.name, glob) for glob in globs)
+
+
 def pairs(names: Sequence[str] = ()) -> list[tuple[Case, str]]:
     """Every model and method that the matrix is to try, or those of some methods."""
     return [
         (case, name)
-        for name, trial in METHODS.items()
+        for name in names or METHODS
         for case in CASES
-        if (not names or name in names)
-        and (name in EVERYWHERE or case.name in REPRESENTATIVES or (case in CLASSIFIERS and "*" not in trial.claims))
-        and any(fnmatchcase(case.name, glob) for glob in trial.claims)
+        if claims(name, case) and (name in EVERYWHERE or case.name in REPRESENTATIVES or case in CLASSIFIERS)
     ]
+
+
+def left_out() -> list[tuple[Case, str]]:
+    """What is claimed beside that: models that differ from those of the matrix in size and detail only."""
+    tried = {(case.name, name) for case, name in pairs()}
+    return [(c, name) for name in METHODS for c in CASES if claims(name, c) and (c.name, name) not in tried]
 
 
 def shake(adapter: vm.Adapter, size: float = 0.05) -> None:

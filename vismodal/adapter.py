@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from vismodal.bank import Attached, bank_of, detach
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, Fingerprint
+from vismodal.limit import Limit
 from vismodal.methods import Method
+from vismodal.pruning import Pruned, prune
 
 
 class Adapter:
@@ -66,18 +68,30 @@ class Adapter:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors in. Raises `InputError` naming keys that are missing, left over, or of another shape."""
-        for key, module in self.modules.items():
-            given = {n: state[f"{key}.{n}"] for n in module.state_dict() if f"{key}.{n}" in state}
-            self.methods[key.partition("/")[0]].resize(module, given)
         mine = self.state_dict()
         wrong = [f"lacks {k}" for k in mine.keys() - state.keys()] + [f"has {k}" for k in state.keys() - mine.keys()]
-        shapes = [(k, tuple(state[k].shape), tuple(mine[k].shape)) for k in mine.keys() & state.keys()]
-        wrong += [f"{k} is {a}, the adapter has {b}" for k, a, b in shapes if a != b]
+        if not wrong:
+            fits = all(state[k].shape == t.shape for k, t in mine.items())
+            mine = mine if fits else {k: t.clone() for k, t in mine.items()}
+            self._resize(state)
+            shapes = [(k, tuple(state[k].shape), tuple(t.shape)) for k, t in self.state_dict().items()]
+            wrong = [f"{k} is {a}, the adapter has {tuple(mine[k].shape)}" for k, a, b in shapes if a != b]
+            if wrong:  # as it was
+                self._resize(mine)
+                self._copy(mine)
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise InputError(f"tensors do not fit adapter {self.name!r}: {'; '.join(sorted(wrong)[:4])}{more}")
+        self._copy(state)
+
+    def _resize(self, state: Mapping[str, Tensor]) -> None:
+        for key, module in self.modules.items():
+            given = {n: state[f"{key}.{n}"] for n in module.state_dict()}
+            self.methods[key.partition("/")[0]].resize(module, given)
+
+    def _copy(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for key, tensor in mine.items():
+            for key, tensor in self.state_dict().items():
                 tensor.copy_(state[key])
         self._refresh(rebake=True)
 
@@ -133,6 +147,24 @@ class Adapter:
             raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
 
+    def limit(self, *, layers: slice | None = None, where: str | tuple[str, ...] = "*") -> None:
+        """Act nowhere else until the next call: AdapterDrop, arXiv 2010.11918. `limit()` lifts it.
+
+            a.limit(layers=slice(5, None))              # none in the first five blocks
+            a.limit(layers=slice(randrange(12), None))  # before each update: robust AdapterDrop
+
+        Like `enabled` and `scale` it is in no file, and merging takes only what acts.
+
+        Args:
+            layers: a slice of the blocks of each tower; what is in no block (a head) goes on.
+            where: glob, or several, on the paths of modules, which all that acts has to match.
+
+        Raises `InputError` where that leaves nothing, and for `layers` of what goes over all blocks (a ladder).
+        """
+        limit = Limit(layers, (where,) if isinstance(where, str) else tuple(where))
+        limit.check({key: spot for part in self._parts for key, spot in part.spots.items()})
+        self._set(limit=limit)
+
     @property
     def trainable(self) -> bool:
         return self._parts[0].trainable
@@ -166,6 +198,18 @@ class Adapter:
             self.merge()
         for model in self.models.values():
             detach(model, self.name, keep)
+
+    def prune(self, *, rank: int | None = None, energy: float | None = None) -> Pruned:
+        """Leave of each update, a product of low rank, the best approximation of a lower one (truncated SVD).
+
+            print(a.prune(rank=4))  # or energy=0.95: as many ranks as hold 95% of each site's squared singular values
+
+        Sites without more ranks than that stay as they are, and so do methods without any (a tuned head). `methods`
+        keeps the rank that they began with. Training needs a new optimiser: an old one's averages have the old sizes.
+
+        Raises `InputError` where no method's update is such a product, and where the adapter is merged.
+        """
+        return prune(self, rank, energy)
 
     # -- training --
 
@@ -208,7 +252,8 @@ class Adapter:
 
     def unused(self) -> list[str]:
         """Dead sites: those that did not run since the last call of `unused()` (or since attaching), and, after a
-        backward, those none of whose tensors got a non-zero gradient. Empty when all take part, or are merged."""
+        backward, those none of whose tensors got a non-zero gradient. Empty when all take part, or are merged.
+        Sites that `limit` leaves out are not dead."""
         entries = [e for m in self.models.values() for p in bank_of(m).ports.values() for e in p.entries]
         ran = {e.key for e in entries if e.ran and e.adapter == self.name}
         for e in entries:
@@ -216,7 +261,8 @@ class Adapter:
         if self.merged:
             return []
         trained = any(p.grad is not None for p in self.parameters())
-        busy = {k: m for k, m in self.modules.items() if not getattr(m, "idle", False)}
+        dropped = {key for part in self._parts for key in part.dropped}
+        busy = {k: m for k, m in self.modules.items() if k not in dropped and not getattr(m, "idle", False)}
         return [k for k, m in busy.items() if k not in ran or (trained and not _has_gradient(m))]
 
     def __repr__(self) -> str:
@@ -235,6 +281,8 @@ class Adapter:
         state = "merged" if self.merged else "live" if self.enabled else "off"
         names = ", ".join(b.name for b in self.bases.values())
         head = f"adapter {self.name!r} on {names}: {total}; {state} at scale {self.scale:g}"
+        if dropped := sum(len(part.dropped) for part in self._parts):
+            head += f", limited to {self._parts[0].limit}: {len(rows) - dropped} of {len(rows)} sites act"
         return f"{head}\n{table(['site', 'kind', 'method', 'parameters'], rows)}"
 
 

@@ -21,6 +21,7 @@ from vismodal.families import table as family_table
 from vismodal.fingerprint import BANK
 from vismodal.methods import METHODS, Method
 from vismodal.ports import is_ported
+from vismodal.quantised import is_quantised
 from vismodal.site import Site, Sites, Table
 
 Models = nn.Module | Mapping[str, nn.Module]
@@ -32,7 +33,12 @@ def sites(model: nn.Module, sites: Table | None = None) -> Sites:
     `sites` adds rows for classes that no family knows: `{MyBlock: (Weight("attn.q", "query.weight"), ...)}`.
     """
     found = discover(model, family_table(model, sites))
-    return Sites(found, lambda site: ", ".join(m.__name__ for m in METHODS if m.fits(site)))
+    return Sites(found, lambda site: ", ".join(m.__name__ for m in METHODS if _fits(m, site)))
+
+
+def _fits(method: type[Method], site: Site) -> bool:
+    hidden = site.slot == "weight" and is_quantised(site.tensor)
+    return method.fits(site) and (method.quantised or not hidden)
 
 
 def adapt(
@@ -66,7 +72,7 @@ def adapt(
         if seed is not None:
             torch.manual_seed(seed)
         for slot, each in methods.items():
-            chosen = select([s for f in found.values() for s in f], each.sites, each.where, each.layers, each.fits)
+            chosen = _select([s for f in found.values() for s in f], each)
             modules, common = each.build(chosen)
             built += [(slot, s, m) for s, m in zip(chosen, modules, strict=True)]
             if common is not None:
@@ -147,6 +153,16 @@ def _slots(methods: object) -> dict[str, Method]:
     if not slots:
         raise InputError("no method given; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
     return slots
+
+
+def _select(sites: Sequence[Site], method: Method) -> list[Site]:
+    try:
+        return select(sites, method.sites, method.where, method.layers, method.fits)
+    except InputError as error:
+        default, there = type(method)().sites, method.takes(sites)
+        if method.sites != default or there in ((), default):
+            raise
+        raise InputError(f"{error}; {type(method).__name__} goes here with sites={there}") from None
 
 
 def _check_disjoint(models: Mapping[str, nn.Module]) -> None:

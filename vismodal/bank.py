@@ -10,6 +10,7 @@ from torch import nn
 
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, fingerprint
+from vismodal.limit import Limit, Spot
 from vismodal.methods import Method
 from vismodal.ports import FrozenStatistics, Port, SpanPort, Stream, WeightPort
 from vismodal.site import Site
@@ -76,7 +77,10 @@ class Bank(nn.Module):
         order = [self.attached[name] for name in self.active]
         live = tuple((a.name, a.scale) for a in order if a.enabled and a.scale and not a.merged)
         merged = tuple((a.name, a.scale) for a in order if a.enabled and a.scale and a.merged)
+        dropped = {name: attached.dropped for name, attached in self.attached.items()}
         for port in self.ports.values():
+            for entry in port.entries:
+                entry.dropped = entry.key in dropped[entry.adapter]
             port.set(live, merged)
 
     def rehook(self) -> None:
@@ -99,12 +103,14 @@ class Attached:
     prefix: str  # of its keys, where it adapts several models
     methods: dict[str, Method]  # by slot: "lora", "tune", "lora_1"
     sites: dict[str, str]  # key of a module -> kind of its site
+    spots: dict[str, Spot]  # and where it lies
     modules: dict[str, nn.Module]  # by key: "lora/blocks.0.attn.qkv:q"
     shared: dict[str, nn.Module] = field(default_factory=dict)  # what a method's modules use together: "fact/shared"
     trainable: bool = True
     enabled: bool = True
     scale: float = 1.0
     merged: bool = False
+    limit: Limit = field(default_factory=Limit)
     tree: nn.Module = field(init=False)
     frozen: frozenset[str] = field(init=False)  # parameters that the method itself holds fixed
 
@@ -113,6 +119,11 @@ class Attached:
         for key, module in {**self.modules, **self.shared}.items():
             self.tree.add_module(key.replace(".", "/"), module)
         self.frozen = frozenset(n for n, p in self.tree.named_parameters() if not p.requires_grad)
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Keys of the modules that its limit leaves out."""
+        return self.limit.dropped(self.spots)
 
     def require_grad(self, on: bool) -> None:
         for name, p in self.tree.named_parameters():
@@ -138,7 +149,8 @@ def attach(
         raise InputError(f"{name!r} cannot name an adapter: choose another name")
     modules = {f"{slot}/{site.key}": module for slot, site, module in built}
     kinds = {f"{slot}/{site.key}": site.kind for slot, site, _ in built}
-    bank.attached[name] = Attached(name, prefix, methods, kinds, modules, shared)
+    spots = {f"{slot}/{s.key}": Spot(s.path, s.index, s.depth, s.span is not None) for slot, s, _ in built}
+    bank.attached[name] = Attached(name, prefix, methods, kinds, spots, modules, shared)
     bank.attached[name].tree.train(bank.training)
     for slot, site, module in built:
         if site.target not in bank.ports:

@@ -2,73 +2,85 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import cast
 
 import torch
 from torch import nn
 
+from vismodal.discover import discover
 from vismodal.errors import InputError
 from vismodal.families import installed
+from vismodal.families import table as table_of
 from vismodal.methods import METHODS, Method
-from vismodal.site import Span, Weight
-from vismodal.table import markdown, table
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Rows that print as a table; `markdown()` is the same for a README."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def __str__(self) -> str:
-        return table(self.head, self.rows)
-
-    def markdown(self) -> str:
-        return markdown(self.head, self.rows)
+from vismodal.site import Site, Span, Weight
+from vismodal.table import Listing
 
 
 def methods() -> Listing:
-    """Every method: its class in the survey arXiv 2403.14608, paper, the families that offer its default sites, whether
-    it merges, and its size with the defaults on timm's ViT-B/16, or on a classifier over CLIP's ViT-B/16."""
-    head = ["method", "class in the survey", "paper", "default sites", "families", "merges", "parameters on ViT-B/16"]
-    kinds = {family.NAME: kinds_of(family) for family in installed()}
-    return Listing(head, [_row(m, kinds) for m in METHODS])
+    """Every method: its class in the survey arXiv 2403.14608, paper, default sites, the families that it works on (on
+    some with other sites), whether it merges, whether it acts on quantised weights, and its size with the defaults on
+    timm's ViT-B/16, or on a classifier over CLIP's ViT-B/16."""
+    head = ["method", "class in the survey", "paper", "default sites", "families", "merges", "quantised"]
+    head.append("parameters on ViT-B/16")
+    offered, models = _offered(), _models()
+    return Listing(head, [_row(m, offered, models) for m in METHODS])
 
 
-def _row(method: type[Method], kinds: dict[str, set[str]]) -> list[str]:
-    sites = method().sites
-    families = _offering(kinds, sites) or _offering(_with_held(kinds), sites)
-    merges = "yes" if method.mergeable else "no"
-    return [
-        method.__name__, method.survey, method.paper, ", ".join(sites), ", ".join(families), merges, _count(method)
-    ]  # fmt: skip
+def _row(method: type[Method], offered: Mapping[str, Sequence[Site]], models: Sequence[nn.Module]) -> list[str]:
+    sites, families = method().sites, families_of(method, offered)
+    flags = ["yes" if flag else "no" for flag in (method.mergeable, method.quantised)]
+    text = [method.__name__, method.survey, method.paper, ", ".join(sites), ", ".join(families)]
+    return [*text, *flags, _count(method, models)]
 
 
-def _offering(kinds: dict[str, set[str]], sites: Sequence[str]) -> list[str]:
-    return [name for name, offered in kinds.items() if all(fnmatch.filter(offered, site) for site in sites)]
+def families_of(method: type[Method], offered: Mapping[str, Sequence[Site]] | None = None) -> list[str]:
+    """The names of the families that a method works on, asked of its `takes` on the sites of a small model of each. One
+    whose models hold those of other libraries is named where the method needs what it adds to them."""
+    offered = _offered() if offered is None else offered
+    names = [family.NAME for family in installed() if method.takes(offered[family.NAME])]
+    held = {family.NAME: getattr(family, "HOLDS", ()) for family in installed()}
+    return [name for name in names if not any(other in names for other in held[name])]
 
 
-def _with_held(kinds: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The kinds of families whose models hold those of other libraries, along with theirs."""
-    holds = {family.NAME: family.HOLDS for family in installed() if hasattr(family, "HOLDS")}
-    return {name: kinds[name].union(*(kinds.get(other, ()) for other in held)) for name, held in holds.items()}
+def _offered() -> dict[str, Sequence[Site]]:
+    """By family, the sites of its example, which has no storage; none where that needs a library that is not there."""
+    offered: dict[str, Sequence[Site]] = {}
+    for family in installed():
+        try:
+            with torch.device("meta"):
+                model = family.example()
+        except ImportError:
+            offered[family.NAME] = ()
+            continue
+        offered[family.NAME] = discover(model, table_of(model))
+    return offered
 
 
-def _count(method: type[Method]) -> str:
-    """Parameters with the defaults, on a model without storage; a dash where it takes neither a ViT nor a CLIP."""
+def _count(method: type[Method], models: Sequence[nn.Module]) -> str:
+    """Parameters with the defaults on the first of the models that takes it; a dash where none does."""
     from vismodal.attach import adapt
 
-    for build in (_vit, _classifier):
+    for model in models:
         try:
-            return f"{adapt(build(), method()).num_parameters:,}"
-        except (InputError, ImportError):
+            adapter = adapt(model, method())
+        except InputError:
             continue
+        count = adapter.num_parameters
+        adapter.detach()
+        return f"{count:,}"
     return "-"
+
+
+def _models() -> list[nn.Module]:
+    """timm's ViT-B/16 and a classifier over CLIP's, without storage; those whose library is there."""
+    models = []
+    for build in (_vit, _classifier):
+        with suppress(ImportError):
+            models.append(build())
+    return models
 
 
 def _vit() -> nn.Module:

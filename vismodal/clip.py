@@ -206,13 +206,14 @@ class CLIPClassifier(nn.Module):
     def _encode_classes(self) -> Tensor:
         return F.normalize(self.text(self.text.ids), dim=-1)
 
-    def encode(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Normalised features n D and labels n of batches of pictures and labels, as the model stands, in fp32."""
+    def encode(self, batches: Iterable[tuple[Tensor, Tensor]], normalise: bool = True) -> tuple[Tensor, Tensor]:
+        """Features n D and labels n of batches of pictures and labels, as the model stands, in fp32."""
         features, labels = [], []
         with torch.no_grad():
             for images, given in batches:
-                features.append(F.normalize(self.image(images), dim=-1).float())
-                labels.append(given.to(features[-1].device))
+                f = self.image(images)
+                features.append((F.normalize(f, dim=-1) if normalise else f).float())
+                labels.append(given.to(f.device))
         if not features:
             raise InputError("no pictures were given")
         return torch.cat(features), torch.cat(labels)

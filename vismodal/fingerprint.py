@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 
+from vismodal.quantised import is_quantised
+
 SAMPLES = 16
 BANK = "_vismodal"  # attribute of a model that holds its adapters, which are no part of it
 
@@ -22,7 +24,7 @@ class Fingerprint(NamedTuple):
     values: str  # SAMPLES values as hexadecimal fp16, the same for a base in fp32, fp16 or bf16 up to rounding
 
     def same_values(self, other: Fingerprint) -> bool:
-        """Equal up to the rounding of bf16; values that were never there (meta device) count as equal."""
+        """Equal up to the rounding of bf16. Values that are quantised or were never there (meta device) say nothing."""
         mine, theirs = (np.frombuffer(bytes.fromhex(f.values), "<f2").astype("f4") for f in (self, other))
         if len(mine) != len(theirs):
             return False
@@ -34,7 +36,11 @@ def fingerprint(model: nn.Module, without: Collection[str] = ()) -> Fingerprint:
     params = [(n, p) for n, p in model.named_parameters() if n not in without and not n.startswith(f"{BANK}.")]
     shapes = sha256(json.dumps([(n, list(p.shape)) for n, p in params]).encode()).hexdigest()[:12]
     picked = [params[i * len(params) // SAMPLES][1] for i in range(SAMPLES)] if params else []
-    values = [float("nan") if p.is_meta else p.detach().flatten()[p.numel() // 2].item() for p in picked]
+    hidden = [p.is_meta or is_quantised(p) for p in picked]  # quantising a checkpoint makes it no other one
+    values = [
+        float("nan") if unknown else p.detach().flatten()[p.numel() // 2].item()
+        for p, unknown in zip(picked, hidden, strict=True)
+    ]
     return Fingerprint(base_name(model), shapes, np.array(values, "<f2").tobytes().hex())
 
 

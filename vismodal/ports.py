@@ -25,7 +25,7 @@ from vismodal.errors import InputError
 from vismodal.methods.base import SpanModule, WeightModule
 from vismodal.recompute import Recompute, State, recomputing
 from vismodal.site import Place, Range, Site
-from vismodal.weights import Entry, Group, compute, region, rows
+from vismodal.weights import Entry, Group, can_form, compute, region, rows
 
 
 class Port:
@@ -53,7 +53,9 @@ class Port:
         """Hooks are made only when modules come or go; switching and scaling change plain state."""
         for handle in self.handles:
             handle.remove()
-        self.handles = list(self._hooks()) if self.entries else []
+        self.handles = []
+        for handle in self._hooks() if self.entries else ():  # one by one: a refusal leaves none of them behind
+            self.handles.append(handle)
 
     def _hooks(self) -> Iterator[RemovableHandle]:
         raise NotImplementedError
@@ -66,7 +68,7 @@ class Port:
     def _groups(self, active: State) -> Iterator[Group]:
         """Entries by adapter in the order given, split where the method changes (a list of them)."""
         for name, scale in active:
-            mine = [e for e in self.entries if e.adapter == name]
+            mine = [e for e in self.entries if e.adapter == name and not e.dropped]
             for _, entries in groupby(mine, key=lambda e: (type(e.module), e.key.partition("/")[0])):
                 yield Group(tuple(entries), scale)
 
@@ -107,12 +109,8 @@ class WeightPort(Port):
                 # prepended: transformers records outputs with forward hooks of its own
                 yield place.reader.register_forward_hook(self._update, prepend=True, with_kwargs=True)
                 continue
-            if not _is_plain(place):
-                method = type(self.entries[-1].module).__name__
-                raise InputError(
-                    f"{self.entries[-1].key}: {method} has to form a new weight here, which a quantised one does not "
-                    "allow; use a method that adds to the output of called layers, such as LoRA on Linear layers"
-                )
+            if not can_form(place.get("weight"), place.get("bias"), self.entries):
+                raise InputError(self._why_not(place))
             yield place.reader.register_forward_pre_hook(self._enter)
             yield place.reader.register_forward_hook(self._leave, prepend=True, always_call=True)
 
@@ -122,10 +120,27 @@ class WeightPort(Port):
         fast = all(m.can_update(place.owner) and (alone or not m.reads_weight) for m in modules)
         return place.reader is place.owner and fast
 
+    def _why_not(self, place: Place) -> str:
+        """Why the modules cannot act on a quantised weight, and what to do instead."""
+        from vismodal.methods import METHODS  # late: some of them import what stands on this file
+
+        able = ", ".join(m.__name__ for m in METHODS if m.quantised and m.mergeable)
+        entry = next((e for e in self.entries if not cast(WeightModule, e.module).bias_only), self.entries[-1])
+        if place.reader is not place.owner:
+            what = f"{type(place.reader).__name__} reads this one itself, past its layer"
+        elif len({(e.adapter, e.key.partition("/")[0]) for e in self.entries}) > 1:
+            what = f"{', '.join(e.key for e in self.entries)} do not go together on it, leave one of them out"
+        else:
+            what = f"{able} and all methods on spans need none"
+        return (
+            f"{entry.key}: a new weight is needed here, and none is formed of a quantised one; {what}, or keep this "
+            "layer out of the quantisation"
+        )
+
     def set(self, active: State, merged: State) -> None:
         self._drop_all()
         super().set(active, merged)
-        here = {e.adapter for e in self.entries}
+        here = {e.adapter for e in self.entries if not e.dropped}
         baked = tuple((name, scale) for name, scale in merged if name in here)
         if baked != self.baked:
             self._restore()
@@ -215,7 +230,7 @@ class WeightPort(Port):
         W, b = place.get("weight"), place.get("bias")
         groups = list(self._groups(merged))
         entries = [e for g in groups for e in g.entries]
-        if not _is_plain(place):
+        if not can_form(W, b, entries):
             raise RuntimeError(f"{entries[0].key}: cannot merge into a sharded or quantised weight; keep it live")
         _same_device(entries[0], W if W is not None else b)  # type: ignore[arg-type]
         with torch.no_grad(), _deterministic(e.module for e in entries):
@@ -478,12 +493,6 @@ def _same_device(entry: Entry, x: Tensor) -> None:
             f"{entry.key}: the adapter lies on another device than its layer or input on {x.device}; "
             "move the whole model with model.to(...), and adapt before any offloading"
         )
-
-
-def _is_plain(place: Place) -> bool:
-    """Neither quantised nor sharded: the parameters can be computed with and written to."""
-    found = [p for p in (place.get("weight"), place.get("bias")) if p is not None]
-    return all(type(p.data) is Tensor and p.is_floating_point() for p in found)
 
 
 def is_ported(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.methods.base import Part
+from vismodal.quantised import is_quantised
 from vismodal.site import Range
 
 Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
@@ -26,6 +27,7 @@ class Entry:
     range: Range | None
     axis: int
     ran: bool = False
+    dropped: bool = False  # left out by its adapter's limit
 
 
 @dataclass(eq=False)
@@ -42,8 +44,21 @@ class Group:
         self.parts = tuple(Part(e.module, e.range, e.axis) for e in self.entries)
 
 
+def can_form(W: Tensor | None, b: Tensor | None, entries: Sequence[Entry]) -> bool:
+    """Whether W' and b' can be computed: no other weight is formed of a quantised or sharded one."""
+    free = all(e.module.bias_only for e in entries)
+    return not any(t is not None and is_quantised(t) for t in ((b,) if free else (W, b)))
+
+
 def compute(W: Tensor | None, b: Tensor | None, groups: Sequence[Group]) -> Pair:
-    """W', b' of all groups in order, at least fp32 throughout and rounded once; unchanged ones as they came."""
+    """W', b' of all groups in order, at least fp32 throughout and rounded once; unchanged ones as they came.
+
+    A quantised W stays as it is: modules that leave it alone are given None.
+    """
+    if W is not None and is_quantised(W):
+        if not can_form(W, b, [e for g in groups for e in g.entries]):
+            raise RuntimeError(f"{groups[0].entries[0].key}: the weight was quantised after the adapter was attached")
+        return W, compute(None, b, groups)[1]
     W1, b1 = _wide(W), _wide(b)
     W2, b2 = W1, b1
     device = next(t for t in (W, b) if t is not None).device.type

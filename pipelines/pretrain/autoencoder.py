@@ -10,8 +10,7 @@ was tried: RESULTS.md.
 """
 
 import json
-import os
-import shutil
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +20,13 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from jsonargparse import auto_cli
-from loop import SAVE_EVERY, Average, Log, Schedule, Stop, Workers, load_state, save_state, ticks
+from loop import Schedule, Workers, load_state
 from muon import Muon, split
 from photos import Photos
 from PIL import Image
+from publish import replacing
 from torch import Tensor
+from trainer import Trainer
 
 from vismodal.data.emoji import SIZE, Emoji, compose, draw_layout, load_emoji, rng, to_tensor
 
@@ -167,53 +168,37 @@ def save_sheet(file: Path, sets: dict[str, Tensor], model: AutoencoderKL, column
     Image.fromarray(picture.numpy()).save(file)
 
 
-def export(model: AutoencoderKL, folder: Path) -> None:
-    """`save_pretrained` to a temporary name, then renamed."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+class AutoencoderTrainer(Trainer[AutoencoderKL]):
+    """The run of the autoencoder."""
 
+    def __init__(self, c: Config) -> None:
+        torch.manual_seed(c.seed)
+        self.c, self.pictures, self.sets = c, Pictures(c), unseen(c.data, c.evaluate)
+        model = build(c)
+        workers = Workers(model, c.workers)
+        optimizer = optimizer_of(c, model, workers.pool)
+        schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
+        super().__init__("autoencoder", c.out, model, workers, optimizer, schedule, decay=0.998)
+        if c.start and not self.state.exists():
+            load_state(c.start, self.average, optimizer, Schedule(c.lr, c.steps, c.minutes, c.warmup))
 
-def evaluate(model: AutoencoderKL, sets: dict[str, Tensor], out: Path) -> dict[str, float]:
-    """PSNR of every set, latent statistics (of Noto), a sheet and the exported model."""
-    figures = {f"psnr_{name}": psnr(x, reconstruct(model, x)) for name, x in sets.items()}
-    figures["latent_mean"], figures["latent_std"] = set_scaling(model, sets["noto"])
-    save_sheet(out / "sheet.png", sets, model)
-    export(model, out / "model")
-    return figures
+    def losses(self, step: int) -> list[Callable[[], Tensor]]:
+        """Consecutive parts of the batch."""
+        return [partial(batch_loss, self.model, x, r, self.c.kl) for x, r in self.pictures.parts(step)]
 
+    def measure(self) -> dict[str, float]:
+        """PSNR of every set."""
+        model = self.average.copy
+        return {f"psnr_{name}": psnr(x, reconstruct(model, x)) for name, x in self.sets.items()}
 
-def train(c: Config) -> dict[str, float]:
-    """Trains, and returns the last evaluation."""
-    torch.manual_seed(c.seed)
-    model, pictures, sets, log = build(c), Pictures(c), unseen(c.data, c.evaluate), Log(c.out)
-    workers = Workers(model, c.workers)
-    average = Average(model, 0.998)
-    optimizer = optimizer_of(c, model, workers.pool)
-    schedule, state = Schedule(c.lr, c.steps, c.minutes, c.warmup), c.out / "state.safetensors"
-    if state.exists():
-        load_state(state, average, optimizer, schedule)
-    elif c.start:
-        load_state(c.start, average, optimizer, Schedule(c.lr, c.steps, c.minutes, c.warmup))
-    saved = schedule.seconds
-    with Stop().listening() as stop:
-        for step, bar in ticks(schedule, optimizer, stop, "autoencoder"):
-            loss = workers.backward([partial(batch_loss, model, x, r, c.kl) for x, r in pictures.parts(step)])
-            optimizer.step()
-            average.update(step)
-            if step % 50 == 0:
-                bar.set_postfix(loss=f"{loss:.4f}")
-                log.write(step=step, loss=loss, seconds=schedule.seconds)
-            if schedule.seconds - saved > SAVE_EVERY:
-                saved = schedule.seconds
-                save_state(state, average, optimizer, schedule)
-                log.write(step=step, seconds=schedule.seconds, **evaluate(average.copy, sets, c.out))
-    save_state(state, average, optimizer, schedule)
-    figures = evaluate(average.copy, sets, c.out)
-    log.write(step=schedule.step, seconds=schedule.seconds, **figures)
-    return figures
+    def write_assets(self) -> dict[str, float]:
+        """A sheet and the model, with the latents' statistics (of Noto) in its config."""
+        model, figures = self.average.copy, self.measure()
+        figures["latent_mean"], figures["latent_std"] = set_scaling(model, self.sets["noto"])
+        save_sheet(self.c.out / "sheet.png", self.sets, model)
+        with replacing(self.c.out / "model") as folder:
+            model.save_pretrained(folder)
+        return figures
 
 
 def batch_loss(model: AutoencoderKL, x: Tensor, r: np.random.Generator, kl: float) -> Tensor:
@@ -225,6 +210,10 @@ def batch_loss(model: AutoencoderKL, x: Tensor, r: np.random.Generator, kl: floa
     return loss_of(x, y.float(), latent.mean.float(), latent.logvar.float(), kl)
 
 
+def main(c: Config) -> dict[str, float]:
+    """Trains, and returns the figures of what it exports."""
+    return AutoencoderTrainer(c).train()
+
+
 if __name__ == "__main__":
-    config = auto_cli(Config, as_positional=False)
-    print(json.dumps(train(config), indent=1))
+    print(json.dumps(main(auto_cli(Config, as_positional=False)), indent=1))

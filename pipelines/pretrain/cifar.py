@@ -26,10 +26,9 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, rows: np.ndarray) -> "Labelled":
+    def subset(self, rows: Tensor) -> "Labelled":
         """The rows with these numbers."""
-        chosen = torch.from_numpy(rows)
-        return Labelled(self.pictures[chosen], self.labels[chosen], self.classes)
+        return Labelled(self.pictures[rows], self.labels[rows], self.classes)
 
 
 def load_cifar(data: Path, part: str, most: int | None = None) -> Labelled:
@@ -50,10 +49,10 @@ def load_cifar(data: Path, part: str, most: int | None = None) -> Labelled:
     return Labelled(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), labels, classes)
 
 
-def hold_out(everything: Labelled, count: int, seed: int) -> tuple[Labelled, Labelled]:
-    """The training pictures without `count` of them, and those."""
-    order = rng(seed, "held out").permutation(len(everything))
-    return everything.subset(np.sort(order[count:])), everything.subset(np.sort(order[:count]))
+def hold_out(total: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the pictures to train on, and of `count` that are held out, each in order."""
+    order = torch.from_numpy(rng(seed, "held out").permutation(total))
+    return order[count:].sort().values, order[:count].sort().values
 
 
 def normalise(pictures: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def enlarge(pictures: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Clip:
     """A CLIP model and its tokenizer, asked for unit features."""
 
     model: open_clip.CLIP
@@ -62,10 +62,10 @@ class Judge:
         return torch.cat([self.model.encode_text(self.ids_of(part), normalize=True) for part in parts])
 
 
-def load_judge(folder: Path) -> Judge:
+def load_clip(folder: Path) -> Clip:
     """tiny-clip as open_clip loads it."""
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    return Judge(model.eval(), open_clip.get_tokenizer(f"local-dir:{folder}"))
+    return Clip(model.eval(), open_clip.get_tokenizer(f"local-dir:{folder}"))
 
 
 def composites(styles: Sequence[Sequence[Emoji]], count: int) -> tuple[Tensor, list[Emoji], list[Layout]]:
@@ -78,21 +78,21 @@ def composites(styles: Sequence[Sequence[Emoji]], count: int) -> tuple[Tensor, l
     return torch.from_numpy(pictures).permute(0, 3, 1, 2), emoji, layouts
 
 
-def measure(judge: Judge, styles: Sequence[Sequence[Emoji]], photos: Labelled, count: int) -> dict[str, float]:
+def measure(clip: Clip, styles: Sequence[Sequence[Emoji]], photos: Labelled, count: int) -> dict[str, float]:
     """Retrieval both ways among `count` composites, grounds named right, zero-shot accuracy on photos."""
     pictures, emoji, layouts = composites(styles, count)
-    seen = judge.see(pictures)
-    likeness = judge.read([plain_caption(e, place) for e, place in zip(emoji, layouts, strict=True)]) @ seen.T
+    seen = clip.see(pictures)
+    likeness = clip.read([plain_caption(e, place) for e, place in zip(emoji, layouts, strict=True)]) @ seen.T
     truth = torch.arange(len(emoji))
     plain = [i for i, place in enumerate(layouts) if place.colour == place.second]
     grounds = [prompt_for(emoji[i], colour) for i in plain for colour in COLOURS]
-    by_ground = torch.einsum("ncd,nd->nc", judge.read(grounds).view(len(plain), len(COLOURS), -1), seen[plain])
+    by_ground = torch.einsum("ncd,nd->nc", clip.read(grounds).view(len(plain), len(COLOURS), -1), seen[plain])
     wanted = torch.tensor([list(COLOURS).index(layouts[i].colour) for i in plain])
     return {
         "caption_to_picture": share(likeness.argmax(1) == truth),
         "picture_to_caption": share(likeness.argmax(0) == truth),
         "ground": share(by_ground.argmax(1) == wanted),
-        "zero_shot": share(zero_shot(judge, photos).argmax(1) == photos.labels),
+        "zero_shot": share(zero_shot(clip, photos).argmax(1) == photos.labels),
     }
 
 
@@ -101,11 +101,11 @@ def share(right: Tensor) -> float:
     return right.float().mean().item()
 
 
-def zero_shot(judge: Judge, photos: Labelled) -> Tensor:
+def zero_shot(clip: Clip, photos: Labelled) -> Tensor:
     """Cosines [n, classes] with the mean over templates of unit text features, made a unit again."""
     texts = [form.format(a=with_article(n), name=n) for n in photos.classes for form in TEMPLATES]
-    heads = F.normalize(judge.read(texts).view(len(photos.classes), len(TEMPLATES), -1).mean(1), dim=1)
-    return judge.see(enlarge(photos.pictures)) @ heads.T
+    heads = F.normalize(clip.read(texts).view(len(photos.classes), len(TEMPLATES), -1).mean(1), dim=1)
+    return clip.see(enlarge(photos.pictures)) @ heads.T
 
 
 def write_assets(
@@ -138,15 +138,15 @@ def write_assets(
 def measure_folder(folder: Path, data: Path, count: int = 500) -> dict[str, float]:
     """The card's figures of a folder's weights."""
     styles = [load_emoji(data, "noto"), load_emoji(data, "fluent")]
-    return measure(load_judge(folder), styles, load_cifar(data, "test"), count)
+    return measure(load_clip(folder), styles, load_cifar(data, "test"), count)
 
 
 def write_sheet(folder: Path, data: Path, count: int = 24) -> None:
     """Composites over the caption, of those of 500, that the model finds nearest."""
-    judge = load_judge(folder)
+    clip = load_clip(folder)
     pictures, emoji, layouts = composites([load_emoji(data, "noto"), load_emoji(data, "fluent")], 500)
     captions = [plain_caption(e, place) for e, place in zip(emoji, layouts, strict=True)]
-    nearest = (judge.see(pictures[:count]) @ judge.read(captions).T).argmax(1)
+    nearest = (clip.see(pictures[:count]) @ clip.read(captions).T).argmax(1)
     shown = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pictures[:count]]
     save_sheet(folder / "samples.png", shown, [captions[i] for i in nearest])
 

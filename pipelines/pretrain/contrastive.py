@@ -10,6 +10,8 @@ again with the same `--out` to resume; `--export_only true` writes the newest ch
 """
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from cifar import hold_out, jitter, load_cifar, normalise
 from jsonargparse import auto_cli
-from loop import SAVE_EVERY, Average, Log, Schedule, Stop, Workers, load_state, save_state, ticks
+from loop import Schedule, Workers
 from muon import Muon, split
 from timm.models import VisionTransformer
+from tokenizer import ids_of
 from torch import Tensor, nn
+from trainer import Trainer
 from transfer import load_vit
 from transformers import CLIPTokenizer
 
@@ -135,7 +139,8 @@ class Pairs:
     def __init__(self, c: Config, tokenizer: CLIPTokenizer) -> None:
         self.c, self.tokenizer = c, tokenizer
         self.styles = [load_emoji(c.data, "noto"), load_emoji(c.data, "fluent")]
-        self.photos, self.validation = hold_out(load_cifar(c.data, "train", c.most), c.held_out, c.seed)
+        photos = load_cifar(c.data, "train", c.most)
+        self.photos, self.validation = (photos.subset(rows) for rows in hold_out(len(photos), c.held_out, c.seed))
 
     def batch(self, step: int, worker: int) -> tuple[Tensor, Tensor, Tensor]:
         """float [n, 3, 64, 64], int64 [n, length] and float [n, n], row i the share of each picture in caption i."""
@@ -151,8 +156,7 @@ class Pairs:
             for j, (other, other_ground) in enumerate(signs):
                 fits[i, j] = emoji == other and text_ground in (None, other_ground)
         fits[n:, n:] = kinds[:, None] == kinds[None]
-        ids = self.tokenizer([*texts, *names], padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return x, ids, fits
+        return x, ids_of(self.tokenizer, [*texts, *names]), fits
 
     def _emoji(self, r: np.random.Generator, count: int) -> tuple[list[np.ndarray], list[str], list[tuple[int, str]]]:
         chosen = r.permutation(len(self.styles[0]))[:count]
@@ -185,78 +189,51 @@ def contrast(model: open_clip.CLIP, x: Tensor, ids: Tensor, fits: Tensor) -> Ten
     return (by_text + by_image) / 2
 
 
-class Trainer:
-    """The run: its parts, one step, and what is written beside them."""
+class ClipTrainer(Trainer[open_clip.CLIP]):
+    """The run of tiny-clip."""
 
     def __init__(self, c: Config) -> None:
         torch.manual_seed(c.seed)
-        self.c, self.log, self.state = c, Log(c.out), c.out / "state.safetensors"
-        self.tokenizer = CLIPTokenizer.from_pretrained(c.tokenizer)
+        self.c, self.tokenizer = c, CLIPTokenizer.from_pretrained(c.tokenizer)
         self.pairs = Pairs(c, self.tokenizer)
-        self.model = open_clip.CLIP(**model_config(c, self.tokenizer))
+        model = open_clip.CLIP(**model_config(c, self.tokenizer))
         if c.vit is not None:
-            start_from(load_vit(c.vit), self.model.visual)
-        self.average = Average(self.model, 0.999)
-        self.workers = Workers(self.model, c.workers)
-        self.optimizer = Muon(*split(self.model, OUTER), lr=c.lr, pool=self.workers.pool)
-        self.schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
-        if self.state.exists():
-            load_state(self.state, self.average, self.optimizer, self.schedule)
+            start_from(load_vit(c.vit), model.visual)
+        workers = Workers(model, c.workers)
+        optimizer = Muon(*split(model, OUTER), lr=c.lr, pool=workers.pool)
+        super().__init__("tiny-clip", c.out, model, workers, optimizer, Schedule(c.lr, c.steps, c.minutes, c.warmup))
+
+    def losses(self, step: int) -> list[Callable[[], Tensor]]:
+        """Each worker contrasts a batch of its own."""
+
+        def loss(worker: int) -> Tensor:
+            return contrast(self.model, *self.pairs.batch(step, worker))
+
+        return [partial(loss, worker) for worker in range(self.c.workers)]
 
     def step(self, step: int) -> float:
-        """One step; returns the loss."""
-        loss = self.workers.backward([partial(self._part, step, worker) for worker in range(self.c.workers)])
-        self.optimizer.step()
+        """One step; the logit scale stays within CLIP's bound."""
+        loss = super().step(step)
         with torch.no_grad():
-            self.model.logit_scale.clamp_(max=float(np.log(100)))
-        self.average.update(step)
+            self.model.logit_scale.clamp_(max=math.log(100))
         return loss
 
-    def _part(self, step: int, worker: int) -> Tensor:
-        return contrast(self.model, *self.pairs.batch(step, worker))
-
     def measure(self) -> dict[str, float]:
-        """The averaged weights on composites and photos that training does not see."""
-        judge = clip_card.Judge(self.average.copy, self._ids)
-        return clip_card.measure(judge, self.pairs.styles, self.pairs.validation, self.c.evaluate)
+        """On composites and photos that training does not see."""
+        clip = clip_card.Clip(self.average.copy, partial(ids_of, self.tokenizer))
+        return clip_card.measure(clip, self.pairs.styles, self.pairs.validation, self.c.evaluate)
 
-    def _ids(self, texts: list[str]) -> Tensor:
-        return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-    def save(self) -> None:
-        """Checkpoint and figures."""
-        save_state(self.state, self.average, self.optimizer, self.schedule)
-        self.log.write(step=self.schedule.step, seconds=self.schedule.seconds, **self.measure())
-
-    def export(self) -> dict[str, float]:
-        """Replaces the assets by the averaged weights, measured as they are loaded from there."""
-        run = {"step": self.schedule.step, "minutes": self.schedule.seconds / 60}
-        settings = model_config(self.c, self.tokenizer)
-        figures = clip_card.write_assets(
-            self.average.copy, settings, self.tokenizer, run, self.c.data, self.c.evaluate, self.c.assets
+    def write_assets(self) -> dict[str, float]:
+        """Measured as they are loaded from there."""
+        c, settings = self.c, model_config(self.c, self.tokenizer)
+        return clip_card.write_assets(
+            self.average.copy, settings, self.tokenizer, self.figures, c.data, c.evaluate, c.assets
         )
-        self.log.write(**figures)
-        return figures
-
-    def train(self) -> dict[str, float]:
-        """Trains to the end of the schedule, or until asked to stop."""
-        saved = self.schedule.seconds
-        with Stop().listening() as stop:
-            for step, bar in ticks(self.schedule, self.optimizer, stop, "tiny-clip"):
-                loss = self.step(step)
-                if step % 20 == 0:
-                    bar.set_postfix(loss=f"{loss:.4f}")
-                    self.log.write(step=step, seconds=self.schedule.seconds, loss=loss)
-                if self.schedule.seconds - saved > SAVE_EVERY:
-                    saved = self.schedule.seconds
-                    self.save()
-        self.save()
-        return self.export()
 
 
 def main(c: Config) -> dict[str, float]:
     """Trains, or only exports."""
-    trainer = Trainer(c)
+    trainer = ClipTrainer(c)
     return trainer.export() if c.export_only else trainer.train()
 
 

@@ -14,7 +14,7 @@ newest checkpoint to `--assets` and ends.
 """
 
 import json
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,28 +28,16 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from jsonargparse import auto_cli
-from loop import SAVE_EVERY, Average, Log, Schedule, Stop, Workers, load_state, save_state, single_core_threads, ticks
+from latents import Latents
+from loop import Schedule, Workers
 from muon import Muon, split
-from safetensors.torch import load_file, save_file
+from tokenizer import ids_of
 from torch import Tensor, nn
-from tqdm import tqdm
+from trainer import Trainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from vismodal.data.emoji import (
-    COLOURS,
-    SIZE,
-    Emoji,
-    Layout,
-    caption,
-    compose,
-    draw_layout,
-    load_emoji,
-    plain_caption,
-    rng,
-    to_tensor,
-)
+from vismodal.data.emoji import rng
 
-SMALL = 36  # px of an emoji that is called small; usual is 56
 OUTER = ("token_embedding", "position_embedding", "conv_in", "conv_out")  # trained by Adam, not by Muon
 
 
@@ -143,83 +131,6 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def layout_of(c: Config, purpose: str, emoji: int, view: int) -> Layout:
-    """The layout of one cached view: always centred, one on each ground, then small ones and two-coloured ones in turn.
-
-    One size and place, unless the caption says "small": a prompt then has one answer, which is learnt in a fraction of
-    the steps (RESULTS.md).
-    """
-    r, colours = rng(c.seed, purpose, view, emoji), list(COLOURS)
-    if view < len(colours):
-        colour = colours[(view + emoji) % len(colours)]
-        return Layout(emoji, colour, colour, 56, 4, 4)
-    if view % 2:
-        colour = colours[r.integers(len(colours))]
-        return Layout(emoji, colour, colour, SMALL, (SIZE - SMALL) // 2, (SIZE - SMALL) // 2)
-    return draw_layout(r, emoji, two_tone=1, fixed=True)
-
-
-def attribute_of(layout: Layout) -> str:
-    """The word that a caption has for the layout's size."""
-    return "small" if layout.size == SMALL else ""
-
-
-def cache_latents(c: Config, vae: AutoencoderKL, emoji: list[Emoji], purpose: str, views: int) -> Tensor:
-    """Scaled latent means of `views` composites of each emoji, half precision [emoji, view, z, h, w]; kept in `out`."""
-    file = c.out / f"latents-{purpose}.safetensors"
-    if file.exists():
-        return load_file(file)["latents"]
-
-    def encode(i: int) -> Tensor:
-        x = to_tensor([compose(emoji[i], layout_of(c, purpose, i, view)) for view in range(views)])
-        # modes of a thread: `no_grad` and autocast set outside would not reach in here
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            z = vae.encode(x).latent_dist.mode()
-        return (z.float() * vae.config["scaling_factor"]).half()
-
-    with single_core_threads(c.workers) as pool:
-        parts = list(tqdm(pool.map(encode, range(len(emoji))), f"latents, {purpose}", len(emoji), mininterval=5))
-    latents = torch.stack(parts).contiguous()  # convolutions may hand out channels_last
-    temporary = file.with_suffix(".tmp")
-    save_file({"latents": latents}, temporary)
-    os.replace(temporary, file)
-    return latents
-
-
-class Latents:
-    """Batches of (latent, caption) keyed by step."""
-
-    def __init__(self, c: Config, vae: AutoencoderKL) -> None:
-        self.c, self.emoji = c, load_emoji(c.data, "noto")
-        self.latents = cache_latents(c, vae, self.emoji, "train", c.views)
-        if self.latents.shape[:2] != (len(self.emoji), c.views):
-            raise ValueError(
-                f"the cached latents are {tuple(self.latents.shape)}: delete {c.out}/latents-*.safetensors"
-            )
-
-    def batch(self, step: int) -> tuple[Tensor, list[str]]:
-        """float [b, z, h, w] and b captions, some empty; all emoji in turn, in a new order each time round."""
-        first, rows, texts = step * self.c.batch, [], []
-        for place in range(first, first + self.c.batch):
-            turn, k = divmod(place, len(self.emoji))
-            i = int(self._order(turn)[k])
-            r = rng(self.c.seed, "diffusion", turn, i)
-            view = int(r.integers(self.c.views))
-            layout = layout_of(self.c, "train", i, view)
-            text = caption(r, self.emoji[i], layout, self.c.first_name, attribute_of(layout))
-            rows.append(self.latents[i, view])
-            texts.append("" if r.random() < self.c.drop else text)
-        return torch.stack(rows).float(), texts
-
-    def _order(self, turn: int) -> np.ndarray:
-        return rng(self.c.seed, "order", turn).permutation(len(self.emoji))
-
-
-def ids_of(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Token ids padded as the pipeline pads them."""
-    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-
 def v_loss(
     model: nn.Module, z: Tensor, ids: Tensor, alphas: Tensor, r: np.random.Generator, lean: float = 1.0
 ) -> Tensor:
@@ -234,21 +145,6 @@ def v_loss(
     with torch.autocast("cpu", torch.bfloat16):
         v = model(noisy, t, ids)
     return F.mse_loss(v.float(), target)
-
-
-@torch.no_grad()
-def validate(c: Config, model: nn.Module, vae: AutoencoderKL, emoji: list[Emoji], tokenizer: CLIPTokenizer) -> float:
-    """The loss on one composite of some of the emoji, with fixed noise: how well it knows what it was taught."""
-    z = cache_latents(c, vae, emoji, "train", c.views)[:, 1].float()
-    chosen = rng(0, "validation choice").permutation(len(emoji))[: c.evaluate]
-    texts = [plain_caption(emoji[i], layout_of(c, "train", int(i), 1)) for i in chosen]
-    r, alphas = rng(0, "validation noise"), scheduler().alphas_cumprod
-    parts = [chosen[i : i + 64] for i in range(0, len(chosen), 64)]
-    losses = [
-        v_loss(model, z[part], ids_of(tokenizer, texts[64 * n : 64 * n + 64]), alphas, r).item() * len(part)
-        for n, part in enumerate(parts)
-    ]
-    return sum(losses) / len(chosen)
 
 
 def pipeline(model: Model, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
@@ -268,83 +164,55 @@ def pipeline(model: Model, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Stab
 
 
 def last_seconds(log: Path) -> float:
-    """How long the run lasted that wrote this log; 0 without one."""
-    lines = log.read_text().splitlines() if log.exists() else ['{"seconds": 0}']
-    return float(json.loads(lines[-1])["seconds"])
+    """How long the run had lasted that wrote this log; 0 without one."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return max((float(row.get("seconds", 0)) for row in rows), default=0.0)
 
 
-class Trainer:
-    """The run: its parts, one step, and what is written beside them."""
+class DiffusionTrainer(Trainer[Model]):
+    """The run of tiny-sd's UNet and text encoder."""
 
     def __init__(self, c: Config) -> None:
         torch.manual_seed(c.seed)
-        self.c, self.log, self.state = c, Log(c.out), c.out / "state.safetensors"
+        self.c = c
         self.vae = AutoencoderKL.from_pretrained(c.autoencoder).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(c.tokenizer)
-        self.data = Latents(c, self.vae)
-        z, side = self.data.latents.shape[2], self.data.latents.shape[3]
-        self.model = Model(c, z, side, self.tokenizer)
-        self.average = Average(self.model, 0.999)
-        self.workers = Workers(self.model, c.workers)
-        self.optimizer = Muon(*split(self.model, OUTER), lr=c.lr, pool=self.workers.pool)
-        self.schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
+        self.data = Latents(self.vae, c.data, c.out, c.views, c.seed, c.workers)
         self.alphas = scheduler().alphas_cumprod
-        if self.state.exists():
-            load_state(self.state, self.average, self.optimizer, self.schedule)
+        model = Model(c, self.data.latents.shape[2], self.data.latents.shape[3], self.tokenizer)
+        workers = Workers(model, c.workers)
+        optimizer = Muon(*split(model, OUTER), lr=c.lr, pool=workers.pool)
+        schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
+        super().__init__("tiny-sd", c.out, model, workers, optimizer, schedule, export_every=c.export_every)
 
-    def step(self, step: int) -> float:
-        """One step; returns the loss."""
-        z, texts = self.data.batch(step)
-        ids, n = ids_of(self.tokenizer, texts), self.c.workers
-        # every n-th row: each worker then has rows of all noise levels
-        parts = [(z[i::n], ids[i::n], rng(self.c.seed, "noise", step, i)) for i in range(n)]
-        losses = [partial(v_loss, self.model, x, words, self.alphas, r, self.c.lean) for x, words, r in parts]
-        loss = self.workers.backward(losses)
-        self.optimizer.step()
-        self.average.update(step)
-        return loss
+    def losses(self, step: int) -> list[Callable[[], Tensor]]:
+        """Every n-th row for a worker, so that each has rows of all noise levels."""
+        c, n = self.c, self.c.workers
+        z, texts = self.data.batch(step, c.batch, c.first_name, c.drop)
+        ids = ids_of(self.tokenizer, texts)
+        parts = [(z[i::n], ids[i::n], rng(c.seed, "noise", step, i)) for i in range(n)]
+        return [partial(v_loss, self.model, x, words, self.alphas, r, c.lean) for x, words, r in parts]
 
-    def save(self) -> None:
-        """Checkpoint and validation loss."""
-        save_state(self.state, self.average, self.optimizer, self.schedule)
-        loss = validate(self.c, self.average.copy, self.vae, self.data.emoji, self.tokenizer)
-        self.log.write(step=self.schedule.step, seconds=self.schedule.seconds, validation=loss)
+    def measure(self) -> dict[str, float]:
+        """The loss on one composite of some of the emoji, with fixed noise: how well it knows what it was taught."""
+        z, texts = self.data.fixed(self.c.evaluate)
+        ids, r = ids_of(self.tokenizer, texts), rng(0, "validation noise")
+        with torch.no_grad():
+            parts = zip(z.split(64), ids.split(64), strict=True)
+            losses = [v_loss(self.average.copy, x, words, self.alphas, r) * len(x) for x, words in parts]
+        return {"validation": float(sum(losses)) / len(z)}
 
-    def export(self) -> dict[str, float]:
-        """Measures the averaged weights and replaces the assets by them."""
+    def write_assets(self) -> dict[str, float]:
+        """Measured as they are loaded from there."""
         c, pipe = self.c, pipeline(self.average.copy, self.vae, self.tokenizer)
-        run = {
-            "step": self.schedule.step,
-            "minutes": self.schedule.seconds / 60,
-            "autoencoder_minutes": last_seconds(c.autoencoder.parent / "metrics.jsonl") / 60,
-            "validation_loss": validate(c, self.average.copy, self.vae, self.data.emoji, self.tokenizer),
-        }
-        figures = sd_card.write_assets(pipe, run, c.data, c.clip, c.judged, c.assets)
-        self.log.write(**figures)
-        return figures
-
-    def train(self) -> dict[str, float]:
-        """Trains to the end of the schedule, or until asked to stop."""
-        saved = exported = self.schedule.seconds
-        with Stop().listening() as stop:
-            for step, bar in ticks(self.schedule, self.optimizer, stop, "tiny-sd"):
-                loss = self.step(step)
-                if step % 50 == 0:
-                    bar.set_postfix(loss=f"{loss:.4f}")
-                    self.log.write(step=step, seconds=self.schedule.seconds, loss=loss)
-                if self.schedule.seconds - saved > SAVE_EVERY:
-                    saved = self.schedule.seconds
-                    self.save()
-                if self.schedule.seconds - exported > self.c.export_every:
-                    exported = self.schedule.seconds
-                    self.export()
-        self.save()
-        return self.export()
+        minutes = last_seconds(c.autoencoder.parent / "metrics.jsonl") / 60
+        run = self.figures | {"autoencoder_minutes": minutes, "validation_loss": self.measure()["validation"]}
+        return sd_card.write_assets(pipe, run, c.data, c.clip, c.judged, c.assets)
 
 
 def main(c: Config) -> dict[str, float]:
     """Trains, or only exports."""
-    trainer = Trainer(c)
+    trainer = DiffusionTrainer(c)
     return trainer.export() if c.export_only else trainer.train()
 
 

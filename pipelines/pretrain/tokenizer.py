@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jsonargparse import auto_cli
 from tokenizers import pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from vismodal.data.emoji import COLOURS, PLACE_FORMS, SUBJECT_FORMS, load_emoji
@@ -82,6 +83,11 @@ def build(lines: Iterable[str], size: int, length: int) -> CLIPTokenizer:
     ]
     vocabulary = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+
+
+def ids_of(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids int64 [n, length], padded as diffusers' pipeline and open_clip pad them."""
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def main(c: Config) -> CLIPTokenizer:

@@ -3,11 +3,14 @@ them from scratch.
 
     python pipelines/pretrain/transfer.py --data ../shared/data --model assets/tiny-vit
 
-The probe is a softmax regression on the standardised class token; its strength of regularisation is chosen on `val`,
-and `test` is reported. From scratch: `epochs` rounds by Muon with shifts and mirroring, the rate falling by a cosine.
+The probe is DINOv2's (Oquab et al. 2023, https://arxiv.org/abs/2304.07193, appendix B.3): a softmax regression on the
+class tokens of the last block or the last four, with or without the mean patch tokens, standardised; which of them,
+and the strength of regularisation, is chosen on `val`, and `test` is reported. From scratch: `epochs` rounds by Muon
+with shifts and mirroring, the rate falling by a cosine.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +24,6 @@ from cifar import Labelled, jitter, normalise
 from jsonargparse import auto_cli
 from loop import Schedule, Workers, single_core_threads
 from muon import Muon, split
-from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -31,7 +33,13 @@ from tqdm import tqdm
 
 from vismodal.data.emoji import rng
 
-STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+STRENGTHS = (0.0001, 0.001, 0.01, 0.1, 1.0)
+CHOICES: tuple[Callable[[Tensor], Tensor], ...] = (  # of features [n, blocks, 2, d]
+    lambda f: f[:, -1, :1],
+    lambda f: f[:, -1],
+    lambda f: f[:, -4:, :1],
+    lambda f: f[:, -4:],
+)
 OUTER = ("patch_embed", "pos_embed", "cls_token", "head")  # trained by Adam, not by Muon
 
 
@@ -56,32 +64,50 @@ def load_vit(folder: Path) -> VisionTransformer:
 def load_folder(folder: Path, side: int) -> Labelled:
     """A folder of one folder a class, the middle square of each picture in `side` px."""
     to_square = v2.Compose([v2.Resize(side, v2.InterpolationMode.BICUBIC), v2.CenterCrop(side), v2.PILToTensor()])
-    found = ImageFolder(str(folder), transform=to_square, loader=lambda path: Image.open(path).convert("RGB"))
+    found = ImageFolder(str(folder), transform=to_square)
     pictures, labels = zip(*found, strict=True)
     return Labelled(torch.stack(pictures), torch.tensor(labels), tuple(found.classes))
 
 
-@torch.no_grad()
-def outputs(model: VisionTransformer, pictures: Tensor, tokens: bool, workers: int = 2) -> Tensor:
-    """Class tokens [n, d] or logits [n, classes] of uint8 pictures, in fp32."""
+def logits(model: VisionTransformer, pictures: Tensor, workers: int = 2) -> Tensor:
+    """fp32 [n, classes] of uint8 pictures."""
+    return mapped(model, pictures, workers)
+
+
+def features(model: VisionTransformer, pictures: Tensor, workers: int = 2) -> Tensor:
+    """fp32 [n, blocks, 2, d]: after each block, and the last norm, the class token and the mean patch token."""
+
+    def blocks(x: Tensor) -> Tensor:
+        found = model.get_intermediate_layers(x, n=len(model.blocks), return_prefix_tokens=True, norm=True)
+        return torch.stack([torch.stack([prefix[:, 0], patches.mean(1)], 1) for patches, prefix in found], 1)
+
+    return mapped(blocks, pictures, workers)
+
+
+def mapped(model: Callable[[Tensor], Tensor], pictures: Tensor, workers: int) -> Tensor:
+    """What the model says of all pictures."""
 
     def compute(part: Tensor) -> Tensor:
         with torch.no_grad():  # a thread's own
-            return model.forward_head(model.forward_features(normalise(part)), pre_logits=tokens)
+            return model(normalise(part))
 
     with single_core_threads(workers) as pool:
         return torch.cat(list(pool.map(compute, pictures.split(125))))
 
 
 def probe(model: VisionTransformer, parts: dict[str, Labelled], workers: int) -> float:
-    """Test accuracy of the linear probe."""
-    features = {name: outputs(model, part.pictures, True, workers).double().numpy() for name, part in parts.items()}
-    mean, deviation = features["train"].mean(0), features["train"].std(0) + 1e-6
-    scaled = {name: (f - mean) / deviation for name, f in features.items()}
+    """Test accuracy of the linear probe that is best on `val`, of all strengths on each choice of features."""
+    seen = {name: features(model, part.pictures, workers) for name, part in parts.items()}
     labels = {name: part.labels.numpy() for name, part in parts.items()}
-    fitted = [LogisticRegression(C=c, max_iter=2000).fit(scaled["train"], labels["train"]) for c in STRENGTHS]
-    best = max(fitted, key=lambda f: f.score(scaled["val"], labels["val"]))
-    return float(best.score(scaled["test"], labels["test"]))
+    tried = []
+    for choose in CHOICES:
+        chosen = {name: choose(f).flatten(1).double().numpy() for name, f in seen.items()}
+        mean, deviation = chosen["train"].mean(0), chosen["train"].std(0) + 1e-6
+        scaled = {name: (f - mean) / deviation for name, f in chosen.items()}
+        for strength in STRENGTHS:
+            fitted = LogisticRegression(C=strength, max_iter=1000).fit(scaled["train"], labels["train"])
+            tried.append(tuple(float(fitted.score(scaled[part], labels[part])) for part in ("val", "test")))
+    return max(tried, key=lambda scores: scores[0])[1]
 
 
 def from_scratch(c: Config, parts: dict[str, Labelled], mirror: bool) -> float:
@@ -104,15 +130,15 @@ def from_scratch(c: Config, parts: dict[str, Labelled], mirror: bool) -> float:
         pieces = zip(x.chunk(c.workers), train.labels[rows].chunk(c.workers), strict=True)
         workers.backward([partial(classify, model, *piece) for piece in pieces])
         optimizer.step()
-    logits = outputs(model.eval(), parts["test"].pictures, False, c.workers)
-    return (logits.argmax(1) == parts["test"].labels).float().mean().item()
+    answers = logits(model.eval(), parts["test"].pictures, c.workers).argmax(1)
+    return (answers == parts["test"].labels).float().mean().item()
 
 
 def classify(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with label smoothing 0.1."""
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(x)
-    return F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+        answers = model(x)
+    return F.cross_entropy(answers.float(), labels, label_smoothing=0.1)
 
 
 def measure(c: Config) -> dict[str, dict[str, float]]:

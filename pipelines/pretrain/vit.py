@@ -10,6 +10,7 @@ with the same `--out` to resume; `--export_only true` writes the newest checkpoi
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,17 @@ import transfer
 import vit_card
 from cifar import hold_out, jitter, load_cifar, normalise
 from jsonargparse import auto_cli
-from loop import SAVE_EVERY, Average, Log, Schedule, Stop, Workers, load_state, save_state, ticks
+from loop import Schedule, Workers
 from muon import Muon, split
 from teacher import cache_features, fit_probe, view_of
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from trainer import Trainer
 
 from vismodal.data.emoji import rng
 
 ARCHITECTURE = "vit_tiny_patch16_224"
+OUTER = ("patch_embed", "pos_embed", "cls_token", "vit.head", "to_teacher")  # trained by Adam, not by Muon
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,11 @@ def loss_of(c: Config, model: nn.Module, x: Tensor, labels: Tensor, answers: Ten
 class Lessons:
     """Batches of (pictures, labels, the teacher's answers and features) keyed by step."""
 
-    def __init__(self, c: Config, log: Log) -> None:
+    def __init__(self, c: Config) -> None:
         self.c = c
         everything = load_cifar(c.data, "train", c.most)
-        self.train, self.validation = hold_out(everything, c.held_out, c.seed)
-        rows = torch.from_numpy(np.sort(rng(c.seed, "held out").permutation(len(everything))[c.held_out :]))
+        rows, held = hold_out(len(everything), c.held_out, c.seed)
+        self.train, self.validation = everything.subset(rows), everything.subset(held)
         shown = [view_of(everything.pictures, k, c.seed) for k in range(c.views)]
         cached = [
             cache_features(c.data, view, c.out / f"teacher-train-{k}.safetensors", c.workers)
@@ -127,7 +130,6 @@ class Lessons:
         test = load_cifar(c.data, "test", c.most)
         answers = self.probe(cache_features(c.data, test.pictures, c.out / "teacher-test.safetensors", c.workers))
         self.teacher = accuracy(answers, test.labels)
-        log.write(teacher_test=self.teacher)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All pictures in turn, in a new order each time round, each as one of its views."""
@@ -147,69 +149,40 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).float().mean().item()
 
 
-class Trainer:
-    """The run: its parts, one step, and what is written beside them."""
+class VitTrainer(Trainer[Student]):
+    """The run of tiny-vit."""
 
     def __init__(self, c: Config) -> None:
         torch.manual_seed(c.seed)
-        self.c, self.log, self.state = c, Log(c.out), c.out / "state.safetensors"
-        self.lessons = Lessons(c, self.log)
-        classes = self.lessons.train.classes
-        self.model = Student(c, len(classes), self.lessons.features[0].shape[1])
-        self.average = Average(self.model, 0.999)
-        self.workers = Workers(self.model, c.workers)
-        matrices, others = split(self.model, ("patch_embed", "pos_embed", "cls_token", "vit.head", "to_teacher"))
-        self.optimizer = Muon(matrices, others, lr=c.lr, pool=self.workers.pool)
-        self.schedule = Schedule(c.lr, c.steps, c.minutes, c.warmup)
-        if self.state.exists():
-            load_state(self.state, self.average, self.optimizer, self.schedule)
+        self.c, self.lessons = c, Lessons(c)
+        model = Student(c, len(self.lessons.train.classes), self.lessons.features[0].shape[1])
+        workers = Workers(model, c.workers)
+        optimizer = Muon(*split(model, OUTER), lr=c.lr, pool=workers.pool)
+        super().__init__("tiny-vit", c.out, model, workers, optimizer, Schedule(c.lr, c.steps, c.minutes, c.warmup))
 
-    def step(self, step: int) -> float:
-        """One step; returns the loss."""
+    def losses(self, step: int) -> list[Callable[[], Tensor]]:
+        """Consecutive parts of the batch, at first in few pixels."""
         x, *rest = self.lessons.batch(step)
         if self.schedule.progress < self.c.small:
             x = F.interpolate(x, (self.c.small_side,) * 2, mode="bicubic", antialias=True)
         parts = zip(*(t.chunk(self.c.workers) for t in (x, *rest)), strict=True)
-        loss = self.workers.backward([partial(loss_of, self.c, self.model, *part) for part in parts])
-        self.optimizer.step()
-        self.average.update(step)
-        return loss
+        return [partial(loss_of, self.c, self.model, *part) for part in parts]
 
-    def save(self) -> None:
-        """Checkpoint and accuracy on the held-out pictures."""
-        save_state(self.state, self.average, self.optimizer, self.schedule)
+    def measure(self) -> dict[str, float]:
+        """Accuracy on the held-out pictures."""
         held = self.lessons.validation
-        right = accuracy(transfer.outputs(self.average.copy.vit, held.pictures, False), held.labels)
-        self.log.write(step=self.schedule.step, seconds=self.schedule.seconds, validation=right)
+        return {"validation": accuracy(transfer.logits(self.average.copy.vit, held.pictures), held.labels)}
 
-    def export(self) -> dict[str, float]:
-        """Replaces the assets by the averaged weights, measured as they are loaded from there."""
-        run = {"step": self.schedule.step, "minutes": self.schedule.seconds / 60, "teacher_test": self.lessons.teacher}
-        figures = vit_card.write_assets(
-            self.average.copy.vit, self.lessons.train.classes, run, self.c.data, self.c.scratch_epochs, self.c.assets
-        )
-        self.log.write(**figures)
-        return figures
-
-    def train(self) -> dict[str, float]:
-        """Trains to the end of the schedule, or until asked to stop."""
-        saved = self.schedule.seconds
-        with Stop().listening() as stop:
-            for step, bar in ticks(self.schedule, self.optimizer, stop, "tiny-vit"):
-                loss = self.step(step)
-                if step % 50 == 0:
-                    bar.set_postfix(loss=f"{loss:.4f}")
-                    self.log.write(step=step, seconds=self.schedule.seconds, loss=loss)
-                if self.schedule.seconds - saved > SAVE_EVERY:
-                    saved = self.schedule.seconds
-                    self.save()
-        self.save()
-        return self.export()
+    def write_assets(self) -> dict[str, float]:
+        """Measured as they are loaded from there."""
+        c, run = self.c, self.figures | {"teacher_test": self.lessons.teacher}
+        classes = self.lessons.train.classes
+        return vit_card.write_assets(self.average.copy.vit, classes, run, c.data, c.scratch_epochs, c.assets)
 
 
 def main(c: Config) -> dict[str, float]:
     """Trains, or only exports."""
-    trainer = Trainer(c)
+    trainer = VitTrainer(c)
     return trainer.export() if c.export_only else trainer.train()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
+import torch
 import transfer
 from cifar import MEAN, STD, load_cifar
 from PIL import Image
@@ -46,8 +47,8 @@ def measure(folder: Path, data: Path, epochs: int) -> dict[str, float]:
     """The card's figures of a folder's weights: CIFAR-100's test, and probe and scratch on each transfer set."""
     model = transfer.load_vit(folder)
     test = load_cifar(data, "test")
-    logits = transfer.outputs(model, test.pictures, tokens=False)
-    figures = {"top1": (logits.argmax(1) == test.labels).float().mean().item()}
+    answers = transfer.logits(model, test.pictures).argmax(1)
+    figures = {"top1": (answers == test.labels).float().mean().item()}
     for name, row in transfer.measure(transfer.Config(data, folder, epochs=epochs)).items():
         figures |= {f"{kind}_{name}": value for kind, value in row.items()}
     return figures
@@ -57,9 +58,9 @@ def write_sheet(folder: Path, data: Path, count: int = 24) -> None:
     """Test pictures with the model's answer, and the truth in brackets where it differs."""
     model = transfer.load_vit(folder)
     test = load_cifar(data, "test")
-    rows = rng(0, "sheet").permutation(len(test))[:count]
+    rows = torch.from_numpy(rng(0, "sheet").permutation(len(test))[:count])
     shown = test.subset(rows)
-    answers = transfer.outputs(model, shown.pictures, tokens=False).argmax(1)
+    answers = transfer.logits(model, shown.pictures).argmax(1)
     lines = [
         test.classes[a] if a == t else f"{test.classes[a]} (is: {test.classes[t]})"
         for a, t in zip(answers.tolist(), shown.labels.tolist(), strict=True)
@@ -97,6 +98,7 @@ A timm `VisionTransformer` of {megabytes:.1f} MB for 32 px pictures and CIFAR-10
 CPU in seconds, trained well enough that adapting it means something.
 
 ```python
+import timm
 
 model = timm.create_model("local-dir:assets/tiny-vit", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -120,9 +122,10 @@ CIFAR-100, which is right on {teacher_test:.1%} of the test. Script: `pipelines/
 All measured on these fp16 files, computed in fp32 (`make assets-eval`).
 
 - CIFAR-100, test, top-1: {top1:.1%}.
-- Accuracy on the test parts of small image folders of about 800 training pictures: a linear probe on the class token
-  (strength chosen on the validation part) against the same architecture trained on them from scratch
-  ({epochs} epochs). One seed.
+- Accuracy on the test parts of small image folders of about 800 training pictures: a linear probe (class
+  tokens of the last block or the last four, with or without the mean patch tokens; chosen, like the strength, on the
+  validation part) against the same architecture trained on them from scratch ({epochs} epochs of Muon, the strongest
+  recipe at hand). One seed.
 
 | folder | linear probe | from scratch |
 |---|---|---|

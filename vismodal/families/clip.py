@@ -4,6 +4,9 @@ The text towers of open_clip's flat CLIP, of its CustomTextCLIP and of transform
 model has one.
 """
 
+import torch
+from torch import nn
+
 from vismodal.clip import CLIPClassifier
 from vismodal.site import Span, Table
 
@@ -35,3 +38,14 @@ TABLE: Table = {
         Span("logits", "logits", "logits", width="logits"),
     ),
 }
+
+
+def example() -> nn.Module:
+    """A small one over a CLIP of the library that is there; by its sites `vm.methods` tells what works."""
+    try:
+        from vismodal.families.open_clip import example as clip
+    except ImportError:
+        from vismodal.families.transformers import clip_example as clip
+    model = clip()
+    with torch.device("cpu"):  # ids of texts are numbers, wherever the model's weights are
+        return CLIPClassifier(model, lambda texts: torch.zeros(len(texts), 8, dtype=torch.long), ["cat", "dog"])

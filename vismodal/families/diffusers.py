@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
+from torch import nn
 
 from vismodal.site import Order, Span, Table, Weight
 
@@ -88,3 +89,16 @@ TABLE: Table = {
         Weight("conv", "conv_out.weight"),
     ),
 }
+
+
+def example() -> nn.Module:
+    """A small model, by whose sites `vm.methods` tells what works."""
+    return UNet2DConditionModel(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=2,
+        cross_attention_dim=24,
+    )

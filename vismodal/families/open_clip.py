@@ -7,6 +7,7 @@ Version 3.3 builds blocks on `nn.MultiheadAttention` (see `site.COMMON`), Custom
 from typing import Any
 
 from open_clip import model, transformer
+from torch import nn
 
 from vismodal.families.timm import TABLE as TIMM
 from vismodal.site import Layout, Span, Table, Tokens, Tower, Weight
@@ -72,5 +73,12 @@ TABLE: Table = {
         Weight("attn.v", "in_proj_weight", (2, 3)),
         Weight("attn.qkv", "in_proj_weight", whole=True),
         Weight("attn.out", "out_proj.weight"),
+        Span("keys", width="out_proj"),  # computed within, with nothing for others to go through
     ),
 }
+
+
+def example() -> nn.Module:
+    """A small model, by whose sites `vm.methods` tells what works."""
+    vision = {"image_size": 32, "patch_size": 16, "layers": 2, "width": 24, "head_width": 12}
+    return model.CLIP(16, vision, {"context_length": 8, "vocab_size": 64, "width": 24, "heads": 2, "layers": 2})

@@ -91,6 +91,7 @@ def _without_bias(attn: Any, more: int) -> dict[str, Any]:
     return {"_get_rel_pos_bias": lambda: F.pad(bias(), (0, more, 0, more))}
 
 
+HIDDEN_KEYS = (Span("keys", width="proj"),)  # of an attention that reads its weight itself: nothing can join them
 WINDOW = Room(_without_bias, masks=("mask",))
 WINDOW_KEYS = (Span("keys", taps={"qkv": "qkv"}, width="proj", room={"enter": WINDOW}),)
 WINDOWS_BLOCK = (
@@ -141,11 +142,11 @@ FC = (Weight("head", "fc.weight"), Weight("head", "fc.bias"))
 
 TABLE: Table = {
     Attention: fused() + KEYS,
-    AttentionRope: fused(),
-    beit.Attention: fused(reader=""),
-    eva.EvaAttention: fused(reader=""),
+    AttentionRope: fused() + HIDDEN_KEYS,
+    beit.Attention: fused(reader="") + HIDDEN_KEYS,
+    eva.EvaAttention: fused(reader="") + HIDDEN_KEYS,
     swin_transformer.WindowAttention: fused() + WINDOW_KEYS,
-    swin_transformer_v2.WindowAttention: fused(reader=""),
+    swin_transformer_v2.WindowAttention: fused(reader="") + HIDDEN_KEYS,
     Mlp: MLP,
     GlobalResponseNormMlp: MLP,
     GluMlp: (
@@ -193,3 +194,8 @@ TABLE: Table = {
         *FC,
     ),
 }
+
+
+def example() -> nn.Module:
+    """A small model, by whose sites `vm.methods` tells what works."""
+    return vision_transformer.VisionTransformer(img_size=32, embed_dim=24, depth=2, num_heads=3)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers.models.clip import modeling_clip as clip
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.siglip import modeling_siglip as siglip
@@ -114,3 +115,17 @@ TABLE: Table = {
     clip.CLIPVisionModelWithProjection: PROJECTIONS,
     siglip.SiglipModel: TOWERS,
 }
+
+SMALL: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL_PICTURES: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 16}
+
+
+def example() -> nn.Module:
+    """A small model, by whose sites `vm.methods` tells what works."""
+    return vit.ViTForImageClassification(vit.ViTConfig(**SMALL_PICTURES))
+
+
+def clip_example() -> nn.Module:
+    """The same with two towers."""
+    text = {**SMALL, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63}
+    return clip.CLIPModel(clip.CLIPConfig(text_config=text, vision_config=SMALL_PICTURES, projection_dim=16))

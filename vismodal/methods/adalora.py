@@ -19,7 +19,7 @@ M and U are in the state, so that a resumed run prunes as it would have.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -28,17 +28,22 @@ from torch import Tensor, nn
 
 from vismodal.errors import InputError
 from vismodal.methods.bottleneck import drawn, zeros
-from vismodal.methods.lowrank import LowRankMethod, Product
+from vismodal.methods.lowrank import LowRankMethod, Own
+from vismodal.methods.spectrum import Spectrum
 from vismodal.site import Site
 
 STD = 0.02
+AXES = (("P", 1), ("l", 0), ("Q", 0))  # on which of theirs the ranks lie
 
 
-class Triplets(Product):
+class Triplets(Own):
     """P, l and Q of one site, with the averages M and U of each."""
+
+    axes: ClassVar[Mapping[str, int]] = {f"{kind}{name}": axis for kind in ("", "M_", "U_") for name, axis in AXES}
 
     def __init__(self, W: Tensor, rank: int, scaling: float, dropout: float):
         super().__init__(scaling, dropout)
+        self.most = rank
         self.P = drawn(_normal, len(W), rank, device=W.device)
         self.l = drawn(zeros, rank, device=W.device)
         self.Q = drawn(_normal, rank, *W.shape[1:], device=W.device)
@@ -48,6 +53,12 @@ class Triplets(Product):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.Q * self.l.view(-1, *[1] * (self.Q.dim() - 1)), self.P
+
+    def hold(self, update: Spectrum) -> None:
+        """Singular vectors and values. The averages begin anew, with M U = |l| for the score of each."""
+        new = {"P": update.U, "l": update.S / self.scaling, "Q": update.V.view(-1, *self.Q.shape[1:])}
+        zeros = {f"{kind}_{name}": torch.zeros_like(t) for kind in "MU" for name, t in new.items()}
+        self.become(**new, **zeros | {"M_l": new["l"], "U_l": torch.ones_like(new["l"])})
 
     def distances(self) -> list[Tensor]:
         """Of P and of Q from orthogonal."""
@@ -147,6 +158,6 @@ class AdaLoRA(LowRankMethod):
 def prune(triplets: Sequence[Triplets], budget: int) -> None:
     """Leaves the `budget` singular values of the highest score, of all sites together."""
     scores = torch.cat([each.scores() for each in triplets])
-    kept = torch.zeros_like(scores).index_fill_(0, scores.topk(budget).indices, 1)
+    kept = torch.zeros_like(scores).index_fill_(0, scores.topk(min(budget, len(scores))).indices, 1)
     for each, keep in zip(triplets, kept.split([len(t.l) for t in triplets]), strict=True):
         each.l.mul_(keep)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -24,11 +25,13 @@ class Part(NamedTuple):
 class WeightModule(nn.Module):
     """Re-expresses a weight and its bias. `forward` is the truth: live use, merging and exporting all follow it.
 
+    `bias_only` says that `forward` hands W back as it came, whatever that is; of a quantised one it is given None.
     `reads_weight` says that `update` reads `layer.weight` or its bias, as left by merged adapters only: it is used
     where no other adapter or method stands on that parameter.
     """
 
     reads_weight: ClassVar[bool] = False
+    bias_only: bool = False
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W, b (the site's range, at least fp32) -> W', b' of the same shapes."""
@@ -108,6 +111,8 @@ class Method:
     mergeable: ClassVar[bool]
     interpolates: ClassVar[bool] = True  # whether scales between 0 and 1 mean something
     starts_at_base: ClassVar[bool] = True  # whether the output is the base's until something is learnt
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = ()  # sites that are the method where a model lacks the default
+    quantised: ClassVar[bool] = True  # whether it acts where the base's weights are quantised
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -137,6 +142,15 @@ class Method:
         """Whether this method can attach to the site at all: what globs take, and what `vm.sites` shows."""
         return True
 
+    @classmethod
+    def takes(cls, sites: Sequence[Site]) -> tuple[str, ...]:
+        """What to give as `sites` for the whole method on these: the default, or the first of `elsewhere` of which
+        every kind is there and fits; () where the method makes no sense."""
+        fit = {site.kind for site in sites if not site.blocked and cls.fits(site)}
+        choices = (cls().sites, *cls.elsewhere)
+        whole = (kinds for kinds in choices if all(any(fnmatchcase(k, kind) for k in fit) for kind in kinds))
+        return next(whole, ())
+
     def loss(self, modules: Sequence[nn.Module]) -> Tensor | None:
         """A term that training adds to the task's loss, from the modules that `build` made; None without one."""
         return None
@@ -154,3 +168,12 @@ class Method:
 
     def resize(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Gives a module the sizes of the tensors that it is about to get, where a choice by data made them."""
+
+    def spectrum(self, module: nn.Module) -> Tensor | None:
+        """The singular values of a module's update, the largest first, where that is a product of factors that others
+        can take the place of; None where it is not."""
+        return None
+
+    def truncate(self, module: nn.Module, rank: int) -> None:
+        """Leaves of a module's update, which has a `spectrum`, the best approximation of that rank."""
+        raise NotImplementedError

@@ -44,6 +44,7 @@ class BOFT(Method):
     survey: ClassVar[str] = "reparameterised: LoRA derivatives"
     paper: ClassVar[str] = "arXiv 2311.06243"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

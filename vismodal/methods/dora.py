@@ -21,6 +21,7 @@ from vismodal.methods.base import Built, Part
 from vismodal.methods.lora import LoRA
 from vismodal.methods.lowrank import LowRank
 from vismodal.methods.rows import has_output_rows, over_output, over_rows
+from vismodal.quantised import values
 from vismodal.site import Site
 
 
@@ -28,10 +29,11 @@ class Decomposed(LowRank):
     """A, B and the magnitude m."""
 
     reads_weight: ClassVar[bool] = True
+    own: ClassVar[bool] = False  # m changes W as well, so no product is all that it is
 
     def __init__(self, W: Tensor, rank: int, scaling: float, dropout: float):
         super().__init__(W, rank, scaling, dropout)
-        self.m = nn.Parameter(_norm(W.to(torch.promote_types(W.dtype, torch.float32))).to(self.A.dtype))
+        self.m = nn.Parameter(_norm(values(W).to(torch.promote_types(W.dtype, torch.float32))).to(self.A.dtype))
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         V, b = super().forward(W, b)
@@ -54,8 +56,9 @@ class Decomposed(LowRank):
 
 def _change(layer: nn.Module, part: Part) -> Tensor:
     """c - 1 over the rows of a part."""
-    module, W = cast(Decomposed, part.module), cast(Tensor, layer.weight)
+    module = cast(Decomposed, part.module)
     with torch.no_grad():
+        W = values(cast(Tensor, layer.weight))
         A, B = (factor.to(torch.promote_types(W.dtype, torch.float32)) for factor in module.factors())
         W = (W if part.range is None else W[slice(*part.range)]).flatten(1).to(A.dtype)
         norm = _norm(torch.addmm(W, B, A.flatten(1), alpha=module.scaling))

@@ -6,6 +6,7 @@ While training, b is drawn anew for each update, from 1 to r and the same for al
 and column b of B are trained in it (the paper's algorithm 1), otherwise all up to b. In eval mode and when merged,
 b = r, or what `DyLoRA.at` sets. The draw depends on `seed` and the number of the update alone. The official code scales
 A and B by sqrt(r / b) each, on top of alpha / r, which is the same.
+Of a site that `adapter.prune` left with fewer ranks b is at most their number.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, share
 from vismodal.methods.lowrank import LowRank, LowRankMethod
+from vismodal.methods.spectrum import Spectrum
 from vismodal.site import Site
 
 
@@ -42,7 +44,7 @@ class Nested(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         ranks = cast(Ranks, self.shared)
-        b = cast(Tensor, ranks.drawn if self.training else ranks.used)
+        b = cast(Tensor, ranks.drawn if self.training else ranks.used).clamp(max=self.A.shape[0])
         order = torch.arange(self.A.shape[0], device=b.device)
         A, B = super().factors()
         if self.training and self.frozen:
@@ -50,6 +52,12 @@ class Nested(LowRank):
             A = torch.where(_over(trained, A), A, A.detach())
             B = torch.where(trained, B, B.detach())
         return A * _over((order < b) * (self.alpha / b), A), B
+
+    def hold(self, update: Spectrum) -> None:
+        """By the same formula, where b is at most the number of its ranks."""
+        b = min(int(cast(Tensor, cast(Ranks, self.shared).used)), len(update.S))
+        A, B = update.factors(self.alpha / b)
+        self.become(A=A.view(-1, *self.A.shape[1:]), B=B)
 
 
 def _over(v: Tensor, A: Tensor) -> Tensor:
@@ -94,7 +102,11 @@ class DyLoRA(LowRankMethod):
     @staticmethod
     def at(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         """An adapter's state that acts at another rank: `a.load_state_dict(DyLoRA.at(a.state_dict(), 4))`."""
-        largest = {k.partition("/")[0]: t.shape[1] for k, t in state.items() if k.endswith(".B")}
+        largest: dict[str, int] = {}
+        for key, tensor in state.items():
+            if key.endswith(".B"):  # pruned sites may have fewer ranks than others
+                slot = key.partition("/")[0]
+                largest[slot] = max(largest.get(slot, 1), tensor.shape[1])
         slots = [k for k in state if k.endswith("/shared.used")]
         if not slots:
             raise InputError("the adapter has no DyLoRA, whose rank could be chosen")

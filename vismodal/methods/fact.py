@@ -123,6 +123,7 @@ class FacT(Method):
     survey: ClassVar[str] = "reparameterised: low rank"
     paper: ClassVar[str] = "arXiv 2212.03145"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule
+from vismodal.methods.layers import add_rows, is_quantised_linear, multiply
 from vismodal.methods.rows import has_output_rows, is_scalable, over_output, over_rows
 from vismodal.site import Site
 
@@ -43,7 +44,9 @@ class Outputs(WeightModule):
 
 
 class Inputs(WeightModule):
-    """W' = W diag(l)."""
+    """W' = W diag(l); on a quantised W, of which no W' is formed, y' = y + W (l - 1) x, a second product."""
+
+    reads_weight: ClassVar[bool] = True
 
     def __init__(self, W: Tensor):
         super().__init__()
@@ -52,6 +55,17 @@ class Inputs(WeightModule):
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         assert W is not None
         return W * self.l.to(W.dtype).view(-1, *[1] * (W.dim() - 2)), b
+
+    @classmethod
+    def can_update(cls, layer: nn.Module) -> bool:
+        return is_quantised_linear(layer)
+
+    @classmethod
+    def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:
+        for part in parts:
+            z = (cast(Inputs, part.module).l - 1).to(x.dtype) * x
+            y = add_rows(layer, part, y, multiply(layer, part, z))
+        return y
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -68,6 +82,7 @@ class IA3(Method):
     survey: ClassVar[str] = "additive: others"
     paper: ClassVar[str] = "arXiv 2205.05638"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
 
     @classmethod
     def fits(cls, site: Site) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Part
+from vismodal.quantised import is_quantised
 from vismodal.site import Site
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -62,6 +64,17 @@ def add_rows(layer: nn.Module, part: Part, y: Tensor, change: Tensor) -> Tensor:
         rows, axis = sizes(layer)[0], channel_axis(layer, y)
         change = F.pad(change, (0, 0) * (y.dim() - 1 - axis) + (part.range[0], rows - part.range[1]))
     return y + change.to(y.dtype)
+
+
+def is_quantised_linear(layer: nn.Module) -> bool:
+    """Whether the layer is a linear one that multiplies by quantised values: no other weight can be formed of them."""
+    return type(layer).forward is nn.Linear.forward and is_quantised(cast(Tensor, layer.weight))
+
+
+def multiply(layer: nn.Module, part: Part, z: Tensor) -> Tensor:
+    """W z: ... rows, over the rows of a part of a linear layer, as its weight's own class computes it."""
+    W = cast(Tensor, layer.weight)
+    return F.linear(z, W if part.range is None else W[slice(*part.range)])
 
 
 def stack(

@@ -21,6 +21,7 @@ from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule
 from vismodal.methods.bottleneck import drawn, zeros
 from vismodal.methods.layers import add_product, is_matrix, is_plain, matrix, stack
+from vismodal.quantised import is_quantised
 from vismodal.site import Site
 
 
@@ -80,6 +81,7 @@ class LoHa(Method):
     survey: ClassVar[str] = "reparameterised: low rank"
     paper: ClassVar[str] = "arXiv 2108.06098"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +98,6 @@ class LoHa(Method):
     def _module(self, W: Tensor) -> Hadamard:
         rows, columns = W.shape[0], W[0].numel()
         # three products forward and backward, in place of that of the whole weight's gradient
-        small = 3 * self.rank**2 * (rows + columns) <= rows * columns
+        small = 3 * self.rank**2 * (rows + columns) <= rows * columns or is_quantised(W)
         scaling = 1.0 if self.alpha is None else self.alpha / self.rank
         return (SmallHadamard if small else Hadamard)(W, self.rank, scaling)

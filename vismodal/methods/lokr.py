@@ -132,6 +132,7 @@ class LoKr(Method):
     survey: ClassVar[str] = "reparameterised: low rank"
     paper: ClassVar[str] = "arXiv 2212.10650"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

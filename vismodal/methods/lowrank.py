@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule
 from vismodal.methods.layers import add_product, is_matrix, is_plain, matrix, stack
+from vismodal.methods.spectrum import Spectrum, spectrum
 from vismodal.site import Site
 
 
@@ -24,6 +25,8 @@ class Product(WeightModule):
     one mask per forward. Token embeddings have no input features, so dropout does not act there.
     """
 
+    own: ClassVar[bool] = False  # whether its factors are its own, and all that it is: `hold` can then replace them
+
     def __init__(self, scaling: float, dropout: float):
         super().__init__()
         self.scaling = scaling
@@ -32,6 +35,21 @@ class Product(WeightModule):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A: r x in (r x in/g x kernel of a convolution) and B: out x r."""
         raise NotImplementedError
+
+    def spectrum(self) -> Spectrum:
+        """Of s B A, as in eval mode."""
+        training, self.training = self.training, False
+        try:
+            return spectrum(*self.factors(), self.scaling)
+        finally:
+            self.training = training
+
+    def hold(self, update: Spectrum) -> None:
+        """Have this for s B A, where the factors are its `own`."""
+        raise NotImplementedError
+
+    def resize(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have the ranks of tensors that were pruned, where the factors are its `own`."""
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         assert W is not None
@@ -55,11 +73,41 @@ class Product(WeightModule):
         return add_product(layer, x, y, A, B, scaling)
 
 
-class LowRank(Product):
+class Own(Product):
+    """One that has at most `most` ranks. `axes` says on which axis of its tensors they lie."""
+
+    own: ClassVar[bool] = True
+    axes: ClassVar[Mapping[str, int]]
+    most: int
+
+    def become(self, **tensors: Tensor) -> None:
+        """Other values, of other ranks. The parameters stay the same objects, so that what holds them still does."""
+        for name, value in tensors.items():
+            held = getattr(self, name)
+            held.data, held.grad = value.to(held.device, held.dtype).contiguous(), None
+
+    def resize(self, tensors: Mapping[str, Tensor]) -> None:
+        new = {name: (tensors[name], getattr(self, name), axis) for name, axis in self.axes.items()}
+        ranks = {t.shape[axis] for t, held, axis in new.values() if t.dim() == held.dim()} - {0}
+        if len(ranks) == 1 and ranks.pop() <= self.most and any(t.shape != held.shape for t, held, _ in new.values()):
+            self.become(**{name: torch.zeros_like(t) for name, (t, held, axis) in new.items() if _fits(t, held, axis)})
+
+
+def _fits(t: Tensor, held: Tensor, axis: int) -> bool:
+    """Whether the shapes differ on that axis alone."""
+    return t.dim() == held.dim() and all(
+        a == b for i, (a, b) in enumerate(zip(t.shape, held.shape, strict=True)) if i != axis
+    )
+
+
+class LowRank(Own):
     """A: Kaiming uniform with a = sqrt(5), B: zero."""
+
+    axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
 
     def __init__(self, W: Tensor, rank: int, scaling: float, dropout: float):
         super().__init__(scaling, dropout)
+        self.most = rank
         device = "meta" if W.is_meta else "cpu"  # the same draw for every device
         A = torch.empty(rank, *W.shape[1:], device=device, dtype=torch.float32)
         self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(W.device))
@@ -67,6 +115,10 @@ class LowRank(Product):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
+
+    def hold(self, update: Spectrum) -> None:
+        A, B = update.factors(self.scaling)
+        self.become(A=A.view(-1, *self.A.shape[1:]), B=B)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -84,6 +136,7 @@ class LowRankMethod(Method):
 
     survey: ClassVar[str] = "reparameterised: LoRA derivatives"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,3 +155,14 @@ class LowRankMethod(Method):
     def module(self, site: Site, W: Tensor) -> Product:
         """The module of one site, whose weight is W."""
         raise NotImplementedError
+
+    def spectrum(self, module: nn.Module) -> Tensor | None:
+        product = cast(Product, module)
+        return product.spectrum().S if product.own else None
+
+    def truncate(self, module: nn.Module, rank: int) -> None:
+        product = cast(Product, module)
+        product.hold(product.spectrum().first(rank))
+
+    def resize(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        cast(Product, module).resize(tensors)

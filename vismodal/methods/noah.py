@@ -13,6 +13,7 @@ A and D begin as in the official code (Kaiming, Xavier), B and U are zero. There
 built, B too, against the paper's intent. Prompts stand at the sequence's end there, which attention does not see, and
 their last ones go on through blocks that have none, which here they do not. LoRA's A is shared by queries, keys and
 values where those are one layer, "attn.qkv"; elsewhere use sites=("block", "attn.q", "attn.k", "attn.v", "mlp").
+LoRA and adapters begin at the base, prompts do not. Of the three only LoRA could merge, so NOAH stays live.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class NOAH(Method):
     survey: ClassVar[str] = "hybrid"
     paper: ClassVar[str] = "arXiv 2206.04673"
     mergeable: ClassVar[bool] = False
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("block", "attn.q", "attn.k", "attn.v", "mlp"),)
     interpolates: ClassVar[bool] = False
     starts_at_base: ClassVar[bool] = False
 

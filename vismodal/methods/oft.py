@@ -46,6 +46,7 @@ class OFT(Method):
     survey: ClassVar[str] = "reparameterised: LoRA derivatives"
     paper: ClassVar[str] = "arXiv 2306.07280"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

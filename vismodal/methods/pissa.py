@@ -14,6 +14,7 @@ this change alone. A convolution's weight is taken as out x (in/g kh kw).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,16 +24,21 @@ from torch import Tensor
 from vismodal.errors import InputError
 from vismodal.methods.lora import LoRA
 from vismodal.methods.lowrank import LowRank
+from vismodal.methods.spectrum import Spectrum
+from vismodal.quantised import values
 from vismodal.site import Site
 
 
 class Principal(LowRank):
-    """A, B and where they began."""
+    """A, B and where they began; that is nothing once they were pruned, when B A is the whole change."""
+
+    axes: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1, "A0": 0, "B0": 1}
 
     def __init__(self, W: Tensor, rank: int, scaling: float, dropout: float):
         super().__init__(W, rank, scaling, dropout)
+        self.most = 2 * rank
         if not W.is_meta:
-            U, S, Vh = torch.linalg.svd(W.detach().to(self.A.dtype).flatten(1), full_matrices=False)
+            U, S, Vh = torch.linalg.svd(values(W).detach().to(self.A.dtype).flatten(1), full_matrices=False)
             root = (S[:rank] / scaling).sqrt()
             with torch.no_grad():
                 self.A.copy_((root[:, None] * Vh[:rank]).view_as(self.A))
@@ -42,7 +48,13 @@ class Principal(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A0, B0 = self.get_buffer("A0"), self.get_buffer("B0")
+        if not len(A0):
+            return self.A, self.B
         return torch.cat([self.A, self.A - A0]), torch.cat([self.B - B0, B0], 1)
+
+    def hold(self, update: Spectrum) -> None:
+        super().hold(update)
+        self.become(A0=self.get_buffer("A0")[:0], B0=self.get_buffer("B0")[:, :0])
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

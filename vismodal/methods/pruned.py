@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vismodal.errors import InputError
 from vismodal.methods.blocks import along
 from vismodal.methods.bottleneck import drawn, zeros
+from vismodal.quantised import values
 from vismodal.site import Site
 
 MATRICES = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.up", "mlp.down")
@@ -111,7 +112,7 @@ def _matrix(site: Site) -> Tensor:
     W = site.weight
     if W is None or not W.is_floating_point() or W.dim() != 2:
         raise InputError(f"{site.key} is no floating-point matrix, so it cannot be pruned")
-    return W.detach().float()
+    return values(W).detach().float()
 
 
 def _largest(score: Tensor, n: int) -> Tensor:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule, share
 from vismodal.methods.bottleneck import check_sizes, drawn, linear, zeros
+from vismodal.quantised import values
 from vismodal.site import Site
 
 # whose layers read the stream that a norm gives
@@ -79,7 +80,7 @@ class Fold(WeightModule):
         R = cast(Fold, parts[0].module).source  # sites on one weight share one R
         h = linear(x, R.A, R.a) if R.a is not None else F.linear(x, R.A.to(x.dtype))
         h = F.dropout(h, R.dropout, R.training)
-        U, v = R.through(cast(Tensor, layer.weight))
+        U, v = R.through(values(cast(Tensor, layer.weight)))
         ranges = [part.range for part in parts if part.range is not None]
         if sum(stop - start for start, stop in ranges) not in (0, len(U)):  # not all of the rows
             kept = U.new_zeros(len(U))

@@ -115,6 +115,7 @@ class ResTuningBypass(Method):
     survey: ClassVar[str] = "efficiency: memory"
     paper: ClassVar[str] = "arXiv 2310.19859"
     mergeable: ClassVar[bool] = False
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("decoder",),)
     starts_at_base: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.methods.base import Part, WeightModule
 from vismodal.methods.bottleneck import drawn, zeros
-from vismodal.methods.layers import add_rows, channel_axis, is_plain, matrix
+from vismodal.methods.layers import add_rows, channel_axis, is_plain, is_quantised_linear, matrix, multiply
 from vismodal.site import Site
 
 Side = Literal["in", "out"]
@@ -43,13 +43,15 @@ def turn(Q: Tensor, terms: int = 0) -> Tensor:
     return total
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """x: ... n -> R x along its last axis, R = R_m ... R_1; turns: m k b b are R_i - I of the k = n / b blocks.
+def rotate(x: Tensor, turns: Tensor, back: bool = False) -> Tensor:
+    """x: ... n -> R x along its last axis, R = R_m ... R_1; turns: m k b b are R_i - I of the k = n / b blocks. `back`
+    is R^T x.
 
     R_1 acts on neighbours. The blocks of R_i are halves of length b / 2 that lie 2^(i-1) apart, a butterfly.
     """
     k, b = turns.shape[1:3]
-    for i, blocks in enumerate(turns):
+    for i in reversed(range(len(turns))) if back else range(len(turns)):
+        blocks = turns[i].mT if back else turns[i]
         z = x.unflatten(-1, (-1, 2, 2**i, b // 2)).transpose(-3, -2).flatten(-4) if i else x
         z = z.unflatten(-1, (k, b))
         z = (z + torch.einsum("...kc,kbc->...kb", z, blocks)).flatten(-2)
@@ -106,6 +108,30 @@ class OutputRotation(Rotation):
         return y
 
 
+class InputRotation(Rotation):
+    """On columns; of a quantised W, of which no W' is formed, y' = y + diag(g) W (R^T x - x) + (g - 1) (y - b), a
+    second product."""
+
+    reads_weight: ClassVar[bool] = True
+
+    @classmethod
+    def can_update(cls, layer: nn.Module) -> bool:
+        return is_quantised_linear(layer)
+
+    @classmethod
+    def update(cls, layer: nn.Module, parts: Sequence[Part], x: Tensor, y: Tensor) -> Tensor:
+        bias = cast(Tensor | None, layer.bias)
+        y0 = y if bias is None else y - bias.to(y.dtype)
+        for part in parts:
+            module = cast(InputRotation, part.module)
+            change = multiply(layer, part, rotate(x, module.turns(x.dtype), back=True) - x)
+            if module.g is not None:
+                old = y0 if part.range is None else y0[..., slice(*part.range)]
+                change = change + (module.g - 1).to(y.dtype) * (old + change)
+            y = add_rows(layer, part, y, change)
+        return y
+
+
 def rotation(method: str, site: Site, side: Side, block: int, stages: int, terms: int, rescale: bool) -> Rotation:
     """The module for a site, with the largest blocks that fit, up to `block`. Raises `InputError` where none does."""
     W = matrix(method, site)
@@ -119,5 +145,5 @@ def rotation(method: str, site: Site, side: Side, block: int, stages: int, terms
             f"{method}: the {size} {what} of {site.key} ({site.kind}) do not divide into {of} of 2 to {block}; "
             f"write another block_size or side={other!r}, or leave this site out"
         )
-    cls = OutputRotation if side == "out" and site.axis == 0 else Rotation
+    cls = Rotation if site.axis else OutputRotation if side == "out" else InputRotation
     return cls(W, side, fits[-1], stages, terms, rescale)

@@ -18,6 +18,7 @@ class Preset(Tune):
     """`Tune` on the kinds that the preset is about."""
 
     kinds: ClassVar[tuple[str, ...]]  # what it can be narrowed to
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -38,6 +39,7 @@ class BitFit(Preset):
     sites: tuple[str, ...] = ("bias",)
 
     paper: ClassVar[str] = "arXiv 2106.10199"
+    quantised: ClassVar[bool] = True  # which leaves these as they are
     kinds: ClassVar[tuple[str, ...]] = ("bias",)
 
 
@@ -48,6 +50,7 @@ class NormTuning(Preset):
     sites: tuple[str, ...] = ("norm",)
 
     paper: ClassVar[str] = "arXiv 2312.11420"
+    quantised: ClassVar[bool] = True  # which leaves these as they are
     kinds: ClassVar[tuple[str, ...]] = ("norm",)
 
 

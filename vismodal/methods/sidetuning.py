@@ -7,8 +7,8 @@ trains beside it. Where y is tokens (transformers' ViT and DINOv2), side(x) is b
 at all. With a = 0, as in the official code, base and side count half and half.
 
 The side is a convolutional network (`fcn4`, the official one for small pictures, with a linear layer to the base's
-width), a timm model, or a copy of a timm base (`copy`), which may be cut after its first blocks. The paper also begins
-with a side that was distilled from the base: train one and load its weights into the module's `side`.
+width), a timm model, or a copy of a timm base (`copy`), pruned of all but its first blocks if asked. The paper also
+begins with a side that was distilled from the base: train one and load its weights into the module's `side`.
 
 On a UNet x are the noisy latents and y the prediction; `fcn4` keeps their size there. It sees neither time step nor
 text, which reach a UNet beside its input, so it can correct what is common to all of them; a large `alpha` begins near
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK
 from vismodal.methods.base import Built, Method, SpanModule
+from vismodal.quantised import values
 from vismodal.site import Site
 
 FCN4 = ((16, 1), (16, 2), (32, 2), (64, 1))  # channels and stride; the last one has no norm
@@ -141,6 +142,9 @@ def _copy(site: Site, blocks: int | None) -> nn.Module:
         raise InputError("SideTuning: side='copy' needs the plain base; attach it before other adapters")
     side: Any = copy.deepcopy(base)
     side.reset_classifier(0)
+    for module in side.modules():
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else nn.Parameter(values(p).detach())
     if blocks is not None:
         if not isinstance(getattr(side, "blocks", None), nn.Sequential):
             raise InputError(f"SideTuning: blocks={blocks} needs a base of one width; {type(base).__name__} has stages")

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, WeightModule
+from vismodal.quantised import values
 from vismodal.site import Site
 
 Criterion = Literal["fisher", "gradient", "magnitude"]
@@ -46,6 +47,7 @@ class Entries(WeightModule):
         self.slot, self.key, self.shape = site.slot, site.key, site.tensor.shape
         self.value = nn.Parameter(torch.zeros(count, device=site.tensor.device, dtype=torch.float32))
         self.register_buffer("index", torch.zeros(count, device=site.tensor.device, dtype=torch.int32))
+        self.bias_only = site.slot == "bias"
         self.chosen = False
         self.probe: Tensor | None = None
         self.score: Tensor | None = None
@@ -100,6 +102,8 @@ class SparseMask(Method):
     survey: ClassVar[str] = "selective: unstructured"
     paper: ClassVar[str] = "arXiv 2111.09839"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("conv",),)
+    quantised: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +123,7 @@ class SparseMask(Method):
                 raise InputError(f"SparseMask needs floating-point parameters; {site.key} ({site.kind}) is none")
         modules = tuple(Entries(site, self._count(site.tensor)) for site in sites)
         if self.criterion == "magnitude" and not sites[0].tensor.is_meta:
-            self._choose(modules, [-site.tensor.detach().abs().float() for site in sites])
+            self._choose(modules, [-values(site.tensor).detach().abs().float() for site in sites])
         return Built(modules)
 
     def _count(self, scores: Tensor) -> int:

@@ -60,6 +60,11 @@ class SSF(Method):
     survey: ClassVar[str] = "additive: others"
     paper: ClassVar[str] = "arXiv 2210.08823"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("conv", "norm", "attn.*", "xattn.*", "mlp.*"),  # a UNet
+        ("norm", "attn.*", "mlp.*"),  # texts, whose embeddings are rows
+        ("embed", "conv", "norm"),
+    )
     starts_at_base: ClassVar[bool] = False
 
     @classmethod

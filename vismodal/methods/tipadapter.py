@@ -2,8 +2,8 @@
 
     logits' = logits + alpha exp(-beta (1 - f Kᵀ)) V        f: b D, K: N D, V: N C, one-hot
 
-K are the normalised features of N labelled pictures, each the mean over augmented views (10 in the official code),
-normalised again, f the normalised features of pictures. Nothing is trained; F trains K (AdamW at 1e-3 with eps 1e-4 for
+K are the features of N labelled pictures, each the mean over augmented views (10 in the official code), which alone is
+normalised; f are the normalised features of pictures. Nothing is trained; F trains K (AdamW at 1e-3 with eps 1e-4 for
 20 epochs), whose rows are not normalised again then. alpha and beta are searched at the end, in the official grid of
 20 x 200 values. The official scripts search on the test data for ImageNet; `search` is for validation data alone.
 
@@ -138,7 +138,7 @@ class TipAdapter(Method):
         total: Tensor | None = None
         first: Tensor | None = None
         for each in passes:
-            features, labels = classifier.encode(each)
+            features, labels = classifier.encode(each, normalise=False)
             if first is not None and not torch.equal(first, labels):
                 raise InputError("the passes differ in their labels; give the same pictures in the same order")
             total, first = features if total is None else total + features, labels

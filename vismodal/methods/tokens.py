@@ -121,7 +121,8 @@ def why_no_keys(site: Site) -> str:
     """Why keys and values cannot join those of a site; "" where they can."""
     if site.span is None or site.kind.rpartition(".")[2] != "keys":
         return "keys and values go to attention, sites=('keys',), and in a UNet also ('keys', 'xattn.keys')"
-    return site.fixed
+    seen = site.modules.keys() & {"qkv", "k"} or isinstance(site.modules["enter"], nn.MultiheadAttention)
+    return site.fixed or ("" if seen else "it computes its keys and values within, where nothing can join them")
 
 
 def refuse(method: str, sites: Sequence[Site], why_not: Callable[[Site], str]) -> None:

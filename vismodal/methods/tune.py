@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, WeightModule
+from vismodal.quantised import values
 from vismodal.site import Site
 
 
@@ -25,7 +26,9 @@ class Copy(WeightModule):
     def __init__(self, tensor: Tensor, slot: str):
         super().__init__()
         self.slot = slot
-        self.value = nn.Parameter(tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True))
+        self.bias_only = slot == "bias"
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        self.value = nn.Parameter(values(tensor).detach().to(wide, copy=True))
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         return (self.value, b) if self.slot == "weight" else (W, self.value)
@@ -40,6 +43,8 @@ class Tune(Method):
     survey: ClassVar[str] = "selective: structured"
     paper: ClassVar[str] = "arXiv 2106.10199"
     mergeable: ClassVar[bool] = True
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("norm", "bias"),)
+    quantised: ClassVar[bool] = False
 
     @classmethod
     def fits(cls, site: Site) -> bool:

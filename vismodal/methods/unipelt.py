@@ -131,6 +131,6 @@ def _why_not(site: Site) -> str:
         return "" if site.width and site.span.channels == -1 else "it has no stream of tokens of a known width"
     if site.span is None or site.kind != "keys":
         return "UniPELT goes to attention and MLPs, sites=('keys', 'mlp')"
-    if not site.modules.keys() & {"q", "qkv"}:
-        return "it computes its queries within the attention, where nothing can be added to them"
-    return why_no_keys(site)
+    if site.modules.keys() & {"q", "qkv"}:
+        return why_no_keys(site)
+    return site.fixed or "it computes its queries within the attention, where nothing can be added to them"

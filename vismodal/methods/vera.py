@@ -65,6 +65,7 @@ class VeRA(LowRankMethod):
     d: float = 0.1
     seed: int = 0
 
+    survey: ClassVar[str] = "reparameterised: low rank"
     paper: ClassVar[str] = "arXiv 2310.11454"
 
     def build(self, sites: Sequence[Site]) -> Built:
