@@ -240,8 +240,6 @@ def adapted(job: Job, clf: vm.CLIPClassifier, train: Part, same: Mapping[str, An
     try:
         clf.train()
         cached = caches(clf)
-        told = ", ".join(f"{name} {'computed once' if how == 'once' else how}" for name, how in cached.items())
-        job.accelerator.print(f"{job.name}: {adapter.num_parameters:,} parameters; {told}")
         if not trained(job, clf, adapter, train, same):
             return None
         clf.eval()
@@ -262,6 +260,8 @@ def trained(job: Job, clf: vm.CLIPClassifier, adapter: vm.Adapter, train: Part, 
     inputs = Inputs(train.pictures, clf, Copies(config.augment, job.task.model.size, job.seed))
     if entry.search == "cache":
         vm.TipAdapter.remember(adapter, inputs.passes(train.labels))
+    told = ", ".join(f"{name} {'computed once' if how == 'once' else how}" for name, how in caches(clf).items())
+    job.accelerator.print(f"{job.name}: {adapter.num_parameters:,} parameters; {told}")
     if not entry.lr:
         return True
     groups = adapter.groups(config.learning_rate or entry.lr, entry.weight_decay)

@@ -226,7 +226,7 @@ def linear_probe(
     strengths: Sequence[float] = STRENGTHS,
 ) -> Probe:
     """Logistic regression by L-BFGS on features n D, the first of the strengths with the best validation accuracy
-    (Radford et al. 2021, arXiv 2103.00020, appendix A.3, whose range and iterations these are)."""
+    (as Radford et al. 2021, arXiv 2103.00020, appendix A.3, on a coarser grid)."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
