@@ -28,6 +28,7 @@ from vismodal.train import Micro, Plan, fit
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 PILOTS = 6  # rates that are tried at most
+RETREATS = 2  # to lower rates, where the whole training is worse than the short one
 PASSES = 10  # of Tip-Adapter over its pictures, as in the paper
 SAMPLES = 4  # batches that SparseMask sees
 SEARCH = {"generations": 3, "population": 8, "parents": 4, "mutations": 4, "crossings": 4}  # of NOAH's subnets
@@ -66,8 +67,13 @@ def contest(task: Task, given: Contestant, c: Length) -> Row:
     if isinstance(method, NOAH) and not method.subnet:
         method = _searched(task, method, lr, c)
         row["note"] = f"subnet {'-'.join(map(str, method.subnet))}"
-    row |= _measured(task, model, method, lr, c)
-    row |= {"lr": lr if trains else None, "tried": {f"{r:g}": v for r, v in tried.items()} if trains else {}}
+    best = {}
+    for rate in [lr, *reversed(RATES[: RATES.index(lr)])][: 1 + RETREATS]:
+        measured = _measured(task, model, method, rate, c) | {"lr": rate if trains else None}
+        best = min(best or measured, measured, key=lambda m: m["val_loss"])
+        if not trains or measured["val_loss"] <= tried.get(rate, tried[lr]):
+            break
+    row |= best | {"tried": {f"{r:g}": v for r, v in tried.items()} if trains else {}}
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
 

@@ -10,10 +10,11 @@ those that are there with the same settings. The times of a step are measured wh
 Everybody gets the same pictures in the same order for the same number of updates, by AdamW without weight decay, warmed
 up over a tenth of them and falling as a cosine, gradients clipped to norm 1. The learning rate is searched for each
 method by one rule, on the validation part alone: short trainings at neighbouring rates 1e-5, 3e-5, ..., 3e-1, upwards
-from the first guess in benchmarks/contestants.py while the validation loss falls, or else downwards. Options are the
-methods' own defaults but for those in that file. What is tested was loaded from the saved file. Lift is over the first
-row, on the test pictures, ± one standard error of the paired difference over them (one seed: not over trainings). A
-method *learns* if its lift is above two of these.
+from the first guess in benchmarks/contestants.py while the validation loss falls, or else downwards; where the whole
+training then ends above the short one's loss, it is repeated at the next lower rate, and the better one counts (at most
+twice). Options are the methods' own defaults but for those in that file. What is tested was loaded from the saved file.
+Lift is over the first row, on the test pictures, ± one standard error of the paired difference over them (one seed: not
+over trainings). A method *learns* if its lift is above two of these.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import vismodal as vm
 
 LENGTHS: Mapping[Name, Mapping[str, int]] = {
-    "tiny-vit": {"steps": 200, "pilot": 25, "batch": 16},
+    "tiny-vit": {"steps": 300, "pilot": 40, "batch": 16},
     "tiny-clip": {"steps": 100, "pilot": 20, "batch": 16},
     "tiny-sd": {"steps": 150, "pilot": 25, "batch": 8},
 }

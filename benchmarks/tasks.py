@@ -145,52 +145,61 @@ class Classes:
         y = self.parts[part].y
         return Judged(F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float())
 
-    def probe(self, encode: Callable[[Tensor], Tensor]) -> dict[str, Judged]:
-        """Logistic regression on standardised features of the base, its strength chosen on the validation part."""
+    def probe(self, encode: Callable[[Tensor], Tensor]) -> tuple[nn.Linear, dict[str, Judged]]:
+        """Logistic regression on features of the base, its strength chosen on the validation part."""
         from sklearn.linear_model import LogisticRegression
 
         with torch.no_grad():
             f = {k: torch.cat([encode(x) for x, _ in p.batches()]).double() for k, p in self.parts.items()}
-        mean, std = f["train"].mean(0), f["train"].std(0) + 1e-6
-        f = {k: (v - mean) / std for k, v in f.items()}
         y = self.parts["train"].y
-        fitted = [LogisticRegression(C=c, max_iter=2000).fit(f["train"].numpy(), y.numpy()) for c in STRENGTHS]
+        mean, std = f["train"].mean(0), f["train"].std(0) + 1e-6
+        standard = ((f["train"] - mean) / std).numpy()
         found = []
-        for each in fitted:
-            logits = {k: torch.from_numpy(each.decision_function(v.numpy())) for k, v in f.items() if k != "train"}
-            found.append({k: _scored(v, self.parts[k].y) for k, v in logits.items()})
-        return max(found, key=lambda j: j["val"].scores.mean().item())
+        for strength in STRENGTHS:
+            fitted = LogisticRegression(C=strength, max_iter=2000).fit(standard, y.numpy())
+            head = _linear(torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_), mean, std)
+            judged = {k: _scored(head(v), self.parts[k].y) for k, v in f.items() if k != "train"}
+            found.append((head, judged))
+        return max(found, key=lambda each: each[1]["val"].scores.mean().item())
+
+
+@torch.no_grad()
+def _linear(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> nn.Linear:
+    """A regression on standardised features as a layer on features as they are."""
+    if len(weight) == 1:  # of two classes, sklearn gives the second's alone
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    head = nn.Linear(*reversed(weight.shape), dtype=weight.dtype)
+    head.weight.copy_(weight / std)
+    head.bias.copy_(bias - head.weight @ mean)
+    return head.requires_grad_(False)
 
 
 def _scored(logits: Tensor, y: Tensor) -> Judged:
-    if logits.dim() == 1:  # of two classes, sklearn gives the second's alone
-        logits = torch.stack([-logits / 2, logits / 2], 1)
     return Judged(F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).float())
 
 
 class Photos(Classes):
-    """tiny-vit on a folder of photos, with a new head."""
+    """tiny-vit on a folder of photos. Its head is a logistic regression on what the base sees; all go on from there."""
 
     heads = (vm.LinearProbe(),)
 
     def __init__(self, data: Path, seed: int, name: str = "handdigits10") -> None:
         import timm
 
-        model: Any = vm.models.load("tiny-vit")
+        model: Any = vm.models.load("tiny-vit").eval()
         config = timm.data.resolve_model_data_config(model)
         self.parts = read(data / "transfer" / name, config["input_size"][-1], config["mean"], config["std"])
         classes = len(self.parts["train"].classes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model.reset_classifier(classes)
+        head, self.fitted = self.probe(lambda x: model.forward_head(model.forward_features(x), pre_logits=True))
+        model.reset_classifier(classes)
+        model.head.load_state_dict(head.state_dict())
         self.base = model.eval()
         sizes = "/".join(str(len(p.y)) for p in self.parts.values())
-        self.about = f"`transfer/{name}`: {classes} classes, {sizes} pictures to train, validate and test, a new head"
+        self.about = f"`transfer/{name}`: {classes} classes, {sizes} pictures to train, validate and test; everybody "
+        self.about += "starts with the head that a logistic regression on the base's features gave, and trains it too"
 
     def baselines(self) -> dict[str, dict[str, Judged]]:
-        model: Any = self.base
-        found = self.probe(lambda x: model.forward_head(model.forward_features(x), pre_logits=True))
-        return {"untouched base, logistic regression": found}
+        return {"untouched base, logistic regression": self.fitted}
 
 
 class FewShots(Classes):
@@ -216,7 +225,7 @@ class FewShots(Classes):
         base: Any = self.base
         return {
             "untouched base, zero-shot": zero_shot,
-            "untouched base, logistic regression": self.probe(lambda x: F.normalize(base.image(x), dim=-1)),
+            "untouched base, logistic regression": self.probe(lambda x: F.normalize(base.image(x), dim=-1))[1],
         }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import BY_NAME, close, fixed, image_tower, offered, shake
+from zoo import BY_NAME, close, fixed, image_tower, offered, shake, word_ids
 
 import vismodal as vm
 from vismodal import cut, prefix, store
@@ -375,6 +375,29 @@ def test_what_autocast_keeps_of_a_trial_is_not_used(grad: bool) -> None:
         assert y.requires_grad == grad and cached.at == ("head_drop",)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(y, model(x))
+
+
+@pytest.mark.parametrize("method", [vm.LoRA(layers=slice(1, 3)), vm.Ladder(reduction=2, head=4), vm.VPT(layers=LAST)])
+def test_without_gradients_what_an_adapter_does_is_not_kept(method: Any) -> None:
+    model, adapter = vit(method)
+    x, cached = pictures(VIT), vm.FrozenPrefix(model)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(cached(x, range(3)), model(x))
+            shake(adapter)
+    adapter.trainable = False
+    assert torch.equal(cached(x, range(3)), model(x))
+    shake(adapter)
+    assert torch.equal(cached(x, range(3)), model(x))
+
+
+def test_texts_are_no_function_of_a_picture_even_if_there_are_as_many() -> None:
+    clf = vm.CLIPClassifier(BY_NAME["open_clip-CLIP"].model(), word_ids, ["cat", "dog"])
+    vm.adapt(clf, vm.CLIPAdapter(reduction=2))
+    x, cached = pictures(VIT, 4), vm.FrozenPrefix(clf)
+    for rows in ([0, 1], [2, 3], [3, 0]):
+        assert close(cached(x[rows], rows), clf(x[rows]))
+        assert cached.at == ("image",)
 
 
 def test_training_is_the_same_step_by_step() -> None:
