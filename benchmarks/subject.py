@@ -23,8 +23,8 @@ import vismodal as vm
 from pipelines.dreambooth import Config as DreamBooth
 from pipelines.dreambooth import main as dreambooth
 from vismodal.data.photos import read_photos
-from vismodal.diffusion import generate, load_pipeline, native_size
-from vismodal.judge import dino
+from vismodal.diffusion.pipeline import generate, load_pipeline, native_size
+from vismodal.evaluation.judge import dino
 from vismodal.paths import asset
 
 RESULTS = Path(__file__).parent / "results"

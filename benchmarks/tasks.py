@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vismodal as vm
-from vismodal import losses
-from vismodal.data import emoji_tasks
-from vismodal.data.emoji_scores import answers
 from vismodal.data.photos import pixels
-from vismodal.denoise import Pictures, Prompts, Weights, denoising
-from vismodal.diffusion import draw_latents, encode_images, encode_prompts, native_size, noise_schedule
+from vismodal.diffusion import losses
+from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.pipeline import draw_latents, encode_images, encode_prompts, native_size, noise_schedule
 from vismodal.draw import generator, shuffled
+from vismodal.evaluation import emoji_tasks
+from vismodal.evaluation.emoji_scores import answers
 from vismodal.methods import Method
 from vismodal.train import Micro
 

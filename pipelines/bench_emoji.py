@@ -5,8 +5,8 @@
     vismodal bench emoji --config runs/bench-emoji-1/config.yaml --resume --methods lora tune   # lora is not run again
 
 DATA holds `emoji/{noto,fluent}` and `weights/`. The model draws Noto's emoji; the same emoji by Fluent were kept from
-its UNet, so what an adapter should draw is known. The tasks are in `vismodal/data/emoji_tasks.py`, the scores, each by
-its definition, in `emoji_scores.py`, the methods' settings in `vismodal/entries.py`. Everybody learns from the same
+its UNet, so what an adapter should draw is known. `vismodal/evaluation/` has the tasks (`emoji_tasks.py`) and scores,
+each by its definition (`emoji_scores.py`), `vismodal/entries.py` the methods' settings. Everybody learns from the same
 batches, noise and noise levels, for the same steps; what is scored was loaded from the saved file.
 """
 
@@ -26,23 +26,24 @@ from accelerate import Accelerator
 from PIL import Image
 
 import vismodal as vm
-from vismodal import diffusion, runs
+from vismodal import runs
 from vismodal.callbacks import Progress
-from vismodal.data import emoji_tasks
 from vismodal.data.emoji import prompt_for
-from vismodal.data.emoji_report import Result, write_results
-from vismodal.data.emoji_scores import Truth, answers, asked_scores, plain_scores, through
-from vismodal.data.emoji_tasks import Emojis, Question, Task
 from vismodal.data.photos import Photo
-from vismodal.denoise import Pictures, Prompts, Weights, denoising
-from vismodal.diffusion import Pipe
+from vismodal.diffusion import pipeline as diffusion
+from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.pipeline import Pipe
 from vismodal.draw import seed_of
-from vismodal.drawn import Drawn, draw, remembered
 from vismodal.entries import Entry, entry
 from vismodal.errors import InputError
+from vismodal.evaluation import emoji_tasks
+from vismodal.evaluation.drawn import Drawn, draw, remembered
+from vismodal.evaluation.emoji_scores import Truth, answers, asked_scores, plain_scores, through
+from vismodal.evaluation.emoji_tasks import Emojis, Question, Task
+from vismodal.evaluation.judge import dino
 from vismodal.fingerprint import fingerprint
-from vismodal.judge import dino
 from vismodal.paths import asset
+from vismodal.reports.emoji import Result, write_results
 from vismodal.runs import known
 from vismodal.train import Plan, fit
 

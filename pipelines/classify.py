@@ -27,7 +27,8 @@ from accelerate.utils import broadcast_object_list
 import vismodal as vm
 from vismodal import runs
 from vismodal.callbacks import Progress, Track, read_log
-from vismodal.classification import (
+from vismodal.classification.contestants import Contestant, attach, contestants, trials
+from vismodal.classification.learning import (
     BEST,
     Objective,
     Run,
@@ -40,20 +41,19 @@ from vismodal.classification import (
     save_classifier,
     score,
 )
-from vismodal.classify_page import Shown, write_all
-from vismodal.classify_report import Outcome
-from vismodal.contestants import Contestant, attach, contestants, trials
+from vismodal.classification.vision import EMBEDDED, Source, Vision, fresh_head, hub_id, load_vision
 from vismodal.data.digits import digits_folder
 from vismodal.data.folder import Folder, few, read_folder
 from vismodal.data.views import Augment, Views
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
 from vismodal.files import write_file
-from vismodal.prefix import FrozenPrefix
+from vismodal.prefix.frozen import FrozenPrefix
+from vismodal.reports.classification import Outcome
+from vismodal.reports.classification_page import Shown, write_all
 from vismodal.resume import Checkpoints
 from vismodal.runs import known
 from vismodal.train import Plan, Schedule, fit
-from vismodal.vision import EMBEDDED, Source, Vision, fresh_head, hub_id, load_vision
 
 
 @dataclass(frozen=True)

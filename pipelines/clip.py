@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vismodal as vm
-from vismodal import clip_report, report, runs
+from vismodal import runs
 from vismodal.callbacks import Progress
 from vismodal.clip import Templates
 from vismodal.data.digits import digits_folder
@@ -34,11 +34,13 @@ from vismodal.data.folder import read_folder
 from vismodal.draw import seed_of, shuffled
 from vismodal.entries import split
 from vismodal.errors import InputError
-from vismodal.fewshot import Contestant, load_adapter, search_scale
-from vismodal.fewshot_data import Copies, Inputs, Part
-from vismodal.fewshot_task import Task, caches
+from vismodal.fewshot.data import Copies, Inputs, Part
+from vismodal.fewshot.recipes import Contestant, load_adapter, search_scale
+from vismodal.fewshot.task import Task, caches
 from vismodal.files import write_file
 from vismodal.pretrained import Library, load_clip
+from vismodal.reports import clip as clip_report
+from vismodal.reports import run as report
 from vismodal.resume import Checkpoints
 from vismodal.runs import known
 from vismodal.table import table

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vismodal as vm
-from vismodal import clip_export, clip_report, report, runs
+from vismodal import clip_export, runs
 from vismodal.callbacks import Progress
 from vismodal.clip import Images, encode_texts
-from vismodal.contrastive import Loss, Temperature, Trained, encoded, gathered, loss_named, row_at
+from vismodal.contrastive.loss import Loss, Temperature, Trained, encoded, gathered, loss_named, row_at
+from vismodal.contrastive.retention import Judge
 from vismodal.data.folder import Folder, read_folder
 from vismodal.data.pairs import Long, Pairs, fitting, held_out, read_pairs
 from vismodal.data.pictures import Pictures
@@ -36,8 +37,9 @@ from vismodal.entries import written
 from vismodal.errors import InputError
 from vismodal.files import write_file
 from vismodal.pretrained import Library, Pretrained, load_clip
+from vismodal.reports import clip as clip_report
+from vismodal.reports import run as report
 from vismodal.resume import Checkpoints
-from vismodal.retention import Judge
 from vismodal.runs import known
 from vismodal.train import Micro, Plan, Schedule, fit
 

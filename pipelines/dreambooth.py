@@ -20,18 +20,20 @@ import torch
 from torch import Tensor
 
 import vismodal as vm
-from vismodal import diffusion, report, runs
+from vismodal import runs
 from vismodal.callbacks import Every, Progress, Track
 from vismodal.data.photos import Photo
 from vismodal.data.subject import CLASS_PROMPT, PROMPT, subject_folder
-from vismodal.denoise import Crop, Pictures, Prompts, Weights, denoising
-from vismodal.diffusion import Generate, Pipe, Samples, fill_folder
+from vismodal.diffusion import pipeline as diffusion
+from vismodal.diffusion.denoise import Crop, Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.pipeline import Generate, Pipe, Samples, fill_folder
+from vismodal.diffusion.prompts import check_class, check_subject, prompts_for, without_word
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.formats import peft
 from vismodal.paths import asset
-from vismodal.prompts import check_class, check_subject, prompts_for, without_word
+from vismodal.reports import run as report
 from vismodal.resume import Checkpoints
 from vismodal.runs import known
 from vismodal.train import Micro, Plan, Schedule, fit

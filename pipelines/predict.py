@@ -22,14 +22,14 @@ from accelerate import Accelerator
 
 import vismodal as vm
 from vismodal import runs
-from vismodal.classification import Classifier, answers, logits, read_classifier, score
+from vismodal.classification.learning import Classifier, answers, logits, read_classifier, score
+from vismodal.classification.vision import EMBEDDED, Vision, load_vision
 from vismodal.data.decode import Unusable
 from vismodal.data.folder import read_labelled
 from vismodal.data.photos import listing, read_picture
 from vismodal.data.views import Views
 from vismodal.errors import InputError, one_line
 from vismodal.table import table
-from vismodal.vision import EMBEDDED, Vision, load_vision
 
 
 @dataclass(frozen=True)

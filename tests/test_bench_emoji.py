@@ -16,15 +16,16 @@ from PIL import Image
 from tiny_diffusion import tiny_pipeline
 from torch import nn
 
-from vismodal import cli, diffusion
+from vismodal import cli
 from vismodal.checkpoint import read
-from vismodal.data import emoji_tasks
 from vismodal.data.emoji import COLOURS, HELD_OUT_MODULUS
-from vismodal.data.emoji_scores import Truth, answers, asked_scores, plain_scores
-from vismodal.data.emoji_tasks import GROUNDS, POSES, Captioned, Question, Task
+from vismodal.diffusion import pipeline as diffusion
 from vismodal.entries import entry
 from vismodal.errors import InputError
-from vismodal.judge import Judge, dino, ground_of, likeness, placed, true_views
+from vismodal.evaluation import emoji_tasks
+from vismodal.evaluation.emoji_scores import Truth, answers, asked_scores, plain_scores
+from vismodal.evaluation.emoji_tasks import GROUNDS, POSES, Captioned, Question, Task
+from vismodal.evaluation.judge import Judge, dino, ground_of, likeness, placed, true_views
 from vismodal.methods import LoRA, Tune
 
 pytest.importorskip("diffusers")

@@ -145,5 +145,8 @@ def test_a_probe_is_fitted_to_features_and_chosen_on_validation(bench: Any) -> N
     y = (x[:, 0, 0, 0] > 0).long()
     each = Points()
     each.parts = {p: Labelled(x[i::3], y[i::3], ("a", "b")) for i, p in enumerate(("train", "val", "test"))}
-    found = each.probe(lambda x: x.flatten(1))
+    head, found = each.probe(lambda x: x.flatten(1))
     assert found["test"].scores.mean() > 0.8 and len(found["test"].scores) == 20
+    test = each.parts["test"]  # the layer takes features as they are, not standardised ones
+    right = (head(test.x.flatten(1).double()).argmax(1) == test.y).float()
+    assert torch.equal(right, found["test"].scores) and head.weight[:, 0].abs().sum() > head.weight[:, 1:].abs().sum()

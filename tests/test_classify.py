@@ -22,7 +22,8 @@ from torch.nn import functional as F
 import vismodal as vm
 from vismodal import cli
 from vismodal.callbacks import read_log
-from vismodal.classification import (
+from vismodal.classification.contestants import FACTORS, attach, contestant, contestants, trials
+from vismodal.classification.learning import (
     BEST,
     Objective,
     Scores,
@@ -33,8 +34,7 @@ from vismodal.classification import (
     save_classifier,
     score,
 )
-from vismodal.classify_report import percent
-from vismodal.contestants import FACTORS, attach, contestant, contestants, trials
+from vismodal.classification.vision import Source, fresh_head, load_vision
 from vismodal.data.folder import read_folder
 from vismodal.data.photos import read_picture
 from vismodal.data.views import PLAIN, Augment, View, Views
@@ -42,10 +42,10 @@ from vismodal.draw import shuffled
 from vismodal.entries import split, written
 from vismodal.errors import InputError
 from vismodal.methods import RepAdapter
-from vismodal.prefix import FrozenPrefix
+from vismodal.prefix.frozen import FrozenPrefix
+from vismodal.reports.classification import percent
 from vismodal.runs import save_config
 from vismodal.train import Micro
-from vismodal.vision import Source, fresh_head, load_vision
 
 ROOT = Path(__file__).resolve().parent.parent
 classify, prediction = cli.load_pipeline("classify"), cli.load_pipeline("predict")
@@ -228,7 +228,8 @@ def test_two_processes_get_what_one_does(data, tmp_path):
 
 
 def test_figures_are_of_the_epoch_that_was_kept(settings, monkeypatch):
-    monkeypatch.setattr("vismodal.classification._rank", lambda row: (-row["epoch"], 0.0))  # the first is the best
+    # the first is the best
+    monkeypatch.setattr("vismodal.classification.learning._rank", lambda row: (-row["epoch"], 0.0))
     out = main(settings)
     run = json.loads((out / "results.json").read_text())["methods"][0]["runs"][0]
     scored = read_log(out / run["folder"] / "validation.jsonl")

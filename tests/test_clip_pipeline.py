@@ -19,8 +19,8 @@ from vismodal.callbacks import read_log
 from vismodal.checkpoint import read
 from vismodal.draw import generator
 from vismodal.errors import InputError
-from vismodal.fewshot import RECIPES
-from vismodal.fewshot_data import Part
+from vismodal.fewshot.data import Part
+from vismodal.fewshot.recipes import RECIPES
 from vismodal.paths import asset
 
 pipeline = cli.load_pipeline("clip")

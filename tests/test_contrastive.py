@@ -18,7 +18,7 @@ from zoo import close, shake, word_ids
 
 import vismodal as vm
 from vismodal.clip import Images, encode_texts
-from vismodal.contrastive import Temperature, Trained, encoded, gathered, infonce, loss_named, row_at, sigmoid
+from vismodal.contrastive.loss import Temperature, Trained, encoded, gathered, infonce, loss_named, row_at, sigmoid
 from vismodal.resume import Checkpoints
 from vismodal.train import Plan, fit
 

@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from tiny_diffusion import photo_folder, tiny_pipeline
 
 import vismodal as vm
-from vismodal import cli, diffusion, losses
+from vismodal import cli
 from vismodal.callbacks import read_log
-from vismodal.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion import losses
+from vismodal.diffusion import pipeline as diffusion
+from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.prompts import has_word, without_word
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.errors import InputError
-from vismodal.prompts import has_word, without_word
 from vismodal.train import Micro
 
 pytest.importorskip("diffusers")
@@ -189,7 +191,7 @@ def vm_photos(folder: Path):
 
 
 def diffusion_square(image: Image.Image) -> Image.Image:
-    from vismodal.report import square
+    from vismodal.reports.run import square
 
     return square(image, 16)
 

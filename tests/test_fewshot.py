@@ -16,7 +16,8 @@ from zoo import shake
 import vismodal as vm
 from vismodal.data.folder import Item
 from vismodal.data.pictures import Pictures, cropped
-from vismodal.fewshot import (
+from vismodal.fewshot.data import Copies, Inputs, Part
+from vismodal.fewshot.recipes import (
     RECIPES,
     check_classes,
     contestant,
@@ -26,7 +27,6 @@ from vismodal.fewshot import (
     search_scale,
     shallow,
 )
-from vismodal.fewshot_data import Copies, Inputs, Part
 
 # -- the methods by name ---------------------------------------------------------------------------------------------
 

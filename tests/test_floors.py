@@ -19,13 +19,10 @@ FLOORS = {
     **dict.fromkeys(("discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
     **dict.fromkeys(("bank", "pruning", "adapter", "attach"), 2),
-    **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats", "store", "keys"), 3),
-    **dict.fromkeys(("calls", "points", "cut", "prefix"), 3),
-    **dict.fromkeys(("losses", "data", "train", "callbacks", "resume", "interrupt", "draw", "report"), 4),
-    **dict.fromkeys(("denoise", "diffusion", "evaluate", "models", "prompts", "runs", "judge", "entries", "drawn"), 4),
-    **dict.fromkeys(("clip_export", "clip_report", "contrastive", "pretrained", "retention", "retrieval"), 4),
-    **dict.fromkeys(("fewshot", "fewshot_data", "fewshot_task"), 4),
-    **dict.fromkeys(("vision", "contestants", "classification", "classify_page", "classify_report", "report_html"), 4),
+    **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats", "prefix"), 3),
+    **dict.fromkeys(("data", "train", "callbacks", "resume", "interrupt", "runs", "draw", "reports"), 4),
+    **dict.fromkeys(("classification", "fewshot", "contrastive", "diffusion", "evaluation"), 4),
+    **dict.fromkeys(("models", "pretrained", "clip_export", "entries"), 4),
     **dict.fromkeys(("cli", "pipelines", "apps"), 5),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vismodal import losses
+from vismodal.diffusion import losses
 from vismodal.errors import InputError
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from zoo import BY_NAME, close, fixed, image_tower, offered, shake, word_ids
 
 import vismodal as vm
-from vismodal import cut, prefix, store
-from vismodal.calls import modules_of, tensors_in
+from vismodal.prefix import cut, store
+from vismodal.prefix import frozen as prefix
+from vismodal.prefix.calls import modules_of, tensors_in
 
 LAST = slice(-1, None)
 VIT = "timm-vit_tiny_patch16_224"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vismodal.contrastive.retrieval import ranks, recall
 from vismodal.errors import InputError
-from vismodal.retrieval import ranks, recall
 
 
 def unit(degrees: list[float]) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_many_rows_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     images, texts = (F.normalize(torch.randn(n, 5), dim=-1) for n in (7, 20))
     image_of = torch.cat([torch.arange(7), torch.randint(7, (13,))])
     whole = ranks(images, texts, image_of)
-    monkeypatch.setattr("vismodal.retrieval._ROWS", 3)
+    monkeypatch.setattr("vismodal.contrastive.retrieval._ROWS", 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, ranks(images, texts, image_of), strict=True))
     similar = texts @ images.T
     assert whole[0].tolist() == [int((row > row[i]).sum()) for row, i in zip(similar, image_of, strict=True)]

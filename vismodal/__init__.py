@@ -54,7 +54,7 @@ from vismodal.methods import (
     UniPELT,
     VeRA,
 )
-from vismodal.prefix import FrozenPrefix
+from vismodal.prefix.frozen import FrozenPrefix
 from vismodal.site import Site, Sites, Span, Tower, Weight
 
 __version__ = "0.1.0"

@@ -16,9 +16,9 @@ from publish import replacing, save_sheet, write_figures
 from torch import Tensor
 
 from vismodal.data.emoji import COLOURS, Emoji, load_emoji, prompt_for, rng
-from vismodal.diffusion import generate
+from vismodal.diffusion.pipeline import generate
+from vismodal.evaluation.judge import dino, ground_of, likeness, true_views
 from vismodal.formats.open_clip import save_tokenizer
-from vismodal.judge import dino, ground_of, likeness, true_views
 
 STEPS, GUIDANCE = 20, 4.0
 RECONSTRUCTED = 256  # pictures of each kind that the autoencoder is measured on

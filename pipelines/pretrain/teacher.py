@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vismodal.data.emoji import rng
-from vismodal.judge import dino
+from vismodal.evaluation.judge import dino
 
 SIDE = 98
 CHUNK = 64  # pictures a forward

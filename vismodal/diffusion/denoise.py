@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vismodal import losses
 from vismodal.data.photos import pixels
-from vismodal.diffusion import Pipe, draw_latents, encode_images, encode_prompts, noise_schedule
+from vismodal.diffusion import losses
+from vismodal.diffusion.pipeline import Pipe, draw_latents, encode_images, encode_prompts, noise_schedule
 from vismodal.draw import shuffled
 from vismodal.train import Micro
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.attach import attached
-from vismodal.calls import Call, modules_of, tensors_in, watched
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK
-from vismodal.points import Cut, Form, Point, record
 from vismodal.ports import acting, ports_on
+from vismodal.prefix.calls import Call, modules_of, tensors_in, watched
+from vismodal.prefix.points import Cut, Form, Point, record
 
 LEAST = 0.05  # of the forward: less is not worth its room
 Run = Callable[[Tensor], Any]

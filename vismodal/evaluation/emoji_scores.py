@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from vismodal.data.emoji import Emoji, rng
-from vismodal.data.emoji_tasks import GROUNDS, Emojis, Question, Task
-from vismodal.diffusion import Pipe, encode_images
-from vismodal.judge import Judge, ground_of, likeness, placed, true_views
+from vismodal.diffusion.pipeline import Pipe, encode_images
+from vismodal.evaluation.emoji_tasks import GROUNDS, Emojis, Question, Task
+from vismodal.evaluation.judge import Judge, ground_of, likeness, placed, true_views
 
 
 class Truth:

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from vismodal.adapter import Adapter
 from vismodal.callbacks import Callback, Log, read_log
 from vismodal.checkpoint import read, save
+from vismodal.classification.vision import Source, Vision, as_json, logits_of
 from vismodal.data.views import View, Views
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
 from vismodal.methods import Method
-from vismodal.prefix import FrozenPrefix
+from vismodal.prefix.frozen import FrozenPrefix
 from vismodal.train import Micro
-from vismodal.vision import Source, Vision, as_json, logits_of
 
 HEADER = "classification"  # entry of an adapter file's header
 BEST = "best.safetensors"

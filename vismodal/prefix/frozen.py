@@ -5,9 +5,9 @@
         loss = criterion(cached(x, rows), labels[rows])
 
 Everything before the first place that an adapter touches is a constant function of the picture, where no augmentation
-is drawn anew each time; K augmented copies of a picture are K keys: (row, k). `vismodal.cut` finds that place, and what
-adapters read before it, for the adapters that act just now. `cached(load, rows)` with a function of the keys that are
-missing spares reading pictures too.
+is drawn anew each time; K augmented copies of a picture are K keys: (row, k). `vismodal.prefix.cut` finds that place,
+and what adapters read before it, for the adapters that act just now. `cached(load, rows)` with a function of the keys
+that are missing spares reading pictures too.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.attach import WRAPPERS
-from vismodal.calls import modules_of
-from vismodal.cut import find
 from vismodal.discover import discover
 from vismodal.errors import InputError
 from vismodal.families import table as family_table
-from vismodal.keys import LOOKS, Key, check, looks, names
-from vismodal.points import Cut
 from vismodal.ports import acting
+from vismodal.prefix.calls import modules_of
+from vismodal.prefix.cut import find
+from vismodal.prefix.keys import LOOKS, Key, check, looks, names
+from vismodal.prefix.points import Cut
+from vismodal.prefix.store import Budget, Rows, Spec, size_of
 from vismodal.site import Table
-from vismodal.store import Budget, Rows, Spec, size_of
 from vismodal.table import table
 
 COMPILED = "a compiled or wrapped model cannot be cut: give FrozenPrefix the plain one, and compile nothing around it"

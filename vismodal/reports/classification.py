@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vismodal.callbacks import read_log
-from vismodal.classification import EPOCHS
+from vismodal.classification.learning import EPOCHS
 from vismodal.files import write_file
 from vismodal.table import markdown, table
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vismodal.files import write_file
-from vismodal.report import grid, sheet, write_image
+from vismodal.reports.run import grid, sheet, write_image
 from vismodal.table import markdown, table
 
 COLUMNS = ("likeness", "lean", "style", "named", "ground", "drift", "kept", "parameters", "KB", "lr", "minutes")
@@ -30,7 +30,7 @@ Noto picture of the same emoji. style: share that leans to Fluent. named: share 
 ground: share with the right colour. drift: 1 - cosine with the base's picture of the same prompt and seed, without the
 word. kept: share of those that is nearest to the right candidate's Noto picture. How far "base, other seeds" is from
 "base" shows what is noise. minutes: of training, on one core.
-Judge: {judge}. Definitions: `vismodal/data/emoji_scores.py`."""
+Judge: {judge}. Definitions: `vismodal/evaluation/emoji_scores.py`."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from vismodal.attach import adapt
 from vismodal.clip import CLIPClassifier, Templates
 from vismodal.data.folder import Folder, few
 from vismodal.errors import InputError
-from vismodal.fewshot import Contestant, contestant, halves, harmonic, linear_probe, load_adapter, shallow
-from vismodal.fewshot_data import Part
+from vismodal.fewshot.data import Part
+from vismodal.fewshot.recipes import Contestant, contestant, halves, harmonic, linear_probe, load_adapter, shallow
 from vismodal.files import write_tensors
 from vismodal.pretrained import Pretrained
 from vismodal.runs import known

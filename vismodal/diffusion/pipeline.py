@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vismodal.diffusion.losses import Prediction, prediction_type
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
-from vismodal.losses import Prediction, prediction_type
-from vismodal.report import grid, write_image
+from vismodal.reports.run import grid, write_image
 
 PIPELINES = ("StableDiffusionPipeline",)
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from vismodal.adapter import Adapter
 from vismodal.clip import CLIPClassifier, Images, encode_texts
+from vismodal.contrastive.retrieval import recall
 from vismodal.data.folder import Folder
 from vismodal.data.pairs import Pairs
 from vismodal.data.pictures import Pictures
-from vismodal.fewshot_data import AT_ONCE, Part, parts
+from vismodal.fewshot.data import AT_ONCE, Part, parts
 from vismodal.pretrained import Pretrained
-from vismodal.retrieval import recall
 
 
 class Judge:

@@ -11,9 +11,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from vismodal.diffusion import Pipe, generate, native_size
+from vismodal.diffusion.pipeline import Pipe, generate, native_size
 from vismodal.files import write_file
-from vismodal.report import grid, write_image
+from vismodal.reports.run import grid, write_image
 
 _BATCH = 16  # pictures that are drawn together: a sixth faster than 4 on one core
 _COLUMNS = 16

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vismodal.calls import StandIn, standing_in, stream_of, tensors_in, with_stream
 from vismodal.ports import before
-from vismodal.store import Spec
+from vismodal.prefix.calls import StandIn, standing_in, stream_of, tensors_in, with_stream
+from vismodal.prefix.store import Spec
 
 
 class Point(NamedTuple):

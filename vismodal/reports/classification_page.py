@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vismodal import classify_report as report
-from vismodal import report_html as html
-from vismodal.classification import Scores
-from vismodal.classify_report import HEAD, LEGEND, Outcome, cells
+from vismodal.classification.learning import Scores
 from vismodal.data.folder import Folder, Item
 from vismodal.data.photos import read_picture
 from vismodal.files import write_file
+from vismodal.reports import classification as report
+from vismodal.reports import html
+from vismodal.reports.classification import HEAD, LEGEND, Outcome, cells
 from vismodal.table import markdown
 
 _MISTAKES = 24  # pictures that are shown

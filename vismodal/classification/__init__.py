@@ -1,0 +1,1 @@
+"""Adapting vision models to labelled pictures: models (`vision`), what is compared (`contestants`), how it learns."""
