@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from contestants import Contestant
 from measure import Time, kept_bytes, seconds
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tasks import Judged, Task
 from torch import Tensor, nn
 
@@ -27,8 +27,7 @@ from vismodal.methods.sparse import SparseMask
 from vismodal.train import Micro, Plan, fit
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-PILOTS = 6  # rates that are tried at most
-RETREATS = 2  # to lower rates, where the whole training is worse than the short one
+TRIALS = 5  # rates that are tried at most
 PASSES = 10  # of Tip-Adapter over its pictures, as in the paper
 SAMPLES = 4  # batches that SparseMask sees
 SEARCH = {"generations": 3, "population": 8, "parents": 4, "mutations": 4, "crossings": 4}  # of NOAH's subnets
@@ -40,65 +39,77 @@ class Length:
 
     Args:
         steps: updates.
-        pilot: updates with each rate that is tried.
         batch: pictures for each update.
         seed: of everything random.
     """
 
     steps: int
-    pilot: int
     batch: int
     seed: int
 
 
 Row = dict[str, Any]
+Loss = TypeVar("Loss", float, tuple[float, float])
 
 
 def contest(task: Task, given: Contestant, c: Length) -> Row:
-    """What is measured of one method. The rate is chosen by the loss on the validation part alone."""
+    """What is measured of one method: trained whole at several rates, of which the validation part chooses one."""
     start = time.perf_counter()
-    model = copy.deepcopy(task.base)
-    with _Trained(task, model, given.method, c) as probe:
-        trains = any(p.requires_grad for _, p in probe.named_parameters())
-    tried = climb(given.lr, lambda lr: _pilot(task, given.method, lr, c)) if trains and c.pilot else {given.lr: 0.0}
-    lr = min(tried, key=tried.__getitem__)
-    row: Row = {"survey": given.method.survey if given.method else ""}
-    method = given.method
+    model, method = copy.deepcopy(task.base), given.method
+    row: Row = {"survey": method.survey if method else ""}
     if isinstance(method, NOAH) and not method.subnet:
-        method = _searched(task, method, lr, c)
+        method = _searched(task, method, given.lr, c)
         row["note"] = f"subnet {'-'.join(map(str, method.subnet))}"
-    best = {}
-    for rate in [lr, *reversed(RATES[: RATES.index(lr)])][: 1 + RETREATS]:
-        measured = _measured(task, model, method, rate, c) | {"lr": rate if trains else None}
-        best = min(best or measured, measured, key=lambda m: m["val_loss"])
-        if not trains or measured["val_loss"] <= tried.get(rate, tried[lr]):
-            break
-    row |= best | {"tried": {f"{r:g}": v for r, v in tried.items()} if trains else {}}
+    with _Trained(task, model, method, c) as probe:
+        trains = any(p.requires_grad for _, p in probe.named_parameters())
+    with TemporaryDirectory() as folder:
+        rows: dict[float, Row] = {}
+
+        def result(lr: float) -> tuple[float, float]:
+            rows[lr] = _measured(task, model, method, lr, c, Path(folder) / f"{lr:g}.safetensors")
+            return -rows[lr]["val"], rows[lr]["val_loss"]
+
+        tried = climb(given.lr, result) if trains else {given.lr: result(given.lr)}
+        lr = min(tried, key=tried.__getitem__)
+        row |= rows[lr] | {"_": _tested(task, rows[lr], Path(folder) / f"{lr:g}.safetensors")}
+    row |= {"test": row["_"].scores.mean().item(), "lr": lr if trains else None}
+    row["tried"] = {f"{rate:g}": values for rate, values in tried.items()} if trains else {}
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
 
 
-def _measured(task: Task, model: nn.Module, method: Method | None, lr: float, c: Length) -> Row:
-    """Trains, saves, takes all off again, and judges what the file holds."""
+def _measured(task: Task, model: nn.Module, method: Method | None, lr: float, c: Length, file: Path) -> Row:
+    """Trains, judges on the validation part, saves, and takes all off again. A rate that diverges is infinitely bad."""
     before = {name: p.detach().clone() for name, p in model.state_dict().items()}
-    with TemporaryDirectory() as folder, _Trained(task, model, method, c) as trained:
-        file = Path(folder) / "trained.safetensors"
-        trained.learn(lr, c.steps)
+    with _Trained(task, model, method, c) as trained:
+        try:
+            trained.learn(lr, c.steps)
+        except vm.InputError as error:
+            if "Lower the learning rate" not in str(error):
+                raise
+            return {"val": -math.inf, "val_loss": math.inf}
         row: Row = {"method": to_json(method) if method else None, "parameters": trained.own, "kept": trained.kept()}
-        live = task.judged(model, "val")
-        row["bytes"] = trained.save(file)
-        if isinstance(trained.adapter, vm.Adapter):
-            trained.adapter.detach()
-            changed = [name for name, p in model.state_dict().items() if not torch.equal(p, before.pop(name))]
-            if changed or before:
-                raise RuntimeError(f"the base was changed: {', '.join([*changed, *before][:4])}")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                trained.adapter = vm.load(model, file, "again")
-        val, test = (task.judged(model, part) for part in ("val", "test"))
-    if not math.isclose(live.loss, val.loss, rel_tol=1e-4):
-        raise RuntimeError(f"the file's loss is {val.loss}, the trained adapter's {live.loss}")
-    return row | {"val": val.scores.mean().item(), "val_loss": val.loss, "test": test.scores.mean().item(), "_": test}
+        val = task.judged(model, "val")
+        row |= {"bytes": trained.save(file), "val": val.scores.mean().item(), "val_loss": val.loss}
+    changed = [name for name, p in model.state_dict().items() if not torch.equal(p, before.pop(name))]
+    if changed or before:
+        raise RuntimeError(f"the base was changed: {', '.join([*changed, *before][:4])}")
+    return row
+
+
+def _tested(task: Task, row: Row, file: Path) -> Judged:
+    """On the test part, what the file makes of an untouched copy of the base."""
+    model = copy.deepcopy(task.base)
+    if row["method"] is None:
+        model.load_state_dict(load_file(file))
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vm.load(model, file, "again")
+    again = task.judged(model, "val").loss
+    if not math.isclose(again, row["val_loss"], rel_tol=1e-4):
+        raise RuntimeError(f"the file's loss is {again}, the trained adapter's {row['val_loss']}")
+    return task.judged(model, "test")
 
 
 def compared(row: Row, base: Judged) -> Row:
@@ -110,13 +121,13 @@ def compared(row: Row, base: Judged) -> Row:
 # -- the rate --------------------------------------------------------------------------------------------------------
 
 
-def climb(start: float, loss: Callable[[float], float]) -> dict[float, float]:
-    """The loss of rates around `start`: upwards as long as it falls, or else downwards; at most `PILOTS` of them."""
+def climb(start: float, loss: Callable[[float], Loss]) -> dict[float, Loss]:
+    """The loss of rates around `start`: upwards as long as it falls, or else downwards; at most `TRIALS` of them."""
     at = RATES.index(start)
     tried = {start: loss(start)}
     for way in (1, -1):
         i = at + way
-        while 0 <= i < len(RATES) and len(tried) < PILOTS:
+        while 0 <= i < len(RATES) and len(tried) < TRIALS:
             best = min(tried.values())
             tried[RATES[i]] = loss(RATES[i])
             if not tried[RATES[i]] < best:
@@ -125,20 +136,6 @@ def climb(start: float, loss: Callable[[float], float]) -> dict[float, float]:
         if min(tried, key=tried.__getitem__) != start:
             break
     return tried
-
-
-def _pilot(task: Task, method: Method | None, lr: float, c: Length) -> float:
-    """The loss on the validation part after a short training; infinite where it diverges."""
-    model = copy.deepcopy(task.base)
-    with _Trained(task, model, method, c) as trained:
-        try:
-            trained.learn(lr, c.pilot)
-        except vm.InputError as error:
-            if "Lower the learning rate" not in str(error):
-                raise
-            return math.inf
-        loss = task.judged(model, "val").loss
-    return loss if math.isfinite(loss) else math.inf
 
 
 # -- one training ----------------------------------------------------------------------------------------------------

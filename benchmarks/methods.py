@@ -8,13 +8,12 @@ DATA holds transfer/ and emoji/. A row is written to results/methods.jsonl as so
 those that are there with the same settings. The times of a step are measured when all training is over, interleaved.
 
 Everybody gets the same pictures in the same order for the same number of updates, by AdamW without weight decay, warmed
-up over a tenth of them and falling as a cosine, gradients clipped to norm 1. The learning rate is searched for each
-method by one rule, on the validation part alone: short trainings at neighbouring rates 1e-5, 3e-5, ..., 3e-1, upwards
-from the first guess in benchmarks/contestants.py while the validation loss falls, or else downwards; where the whole
-training then ends above the short one's loss, it is repeated at the next lower rate, and the better one counts (at most
-twice). Options are the methods' own defaults but for those in that file. What is tested was loaded from the saved file.
-Lift is over the first row, on the test pictures, ± one standard error of the paired difference over them (one seed: not
-over trainings). A method *learns* if its lift is above two of these.
+up over a tenth of them and falling as a cosine, gradients clipped to norm 1; the classifiers under bf16 autocast, and
+judged in fp32. Learning rates 1e-5, 3e-5, ..., 3e-1 are tried by one rule: the whole training at neighbouring ones,
+upwards from the first guess in benchmarks/contestants.py while the validation part gets better, or else downwards, five
+at most; accuracy there chooses, then loss. Options are the methods' own defaults but for those in that file. What is
+tested was loaded from the saved file. Lift is over the first row, on the test pictures, ± one standard error of the
+paired difference over them (one seed: not over trainings). A method *learns* if its lift is above two of these.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ from tqdm import tqdm
 import vismodal as vm
 
 LENGTHS: Mapping[Name, Mapping[str, int]] = {
-    "tiny-vit": {"steps": 300, "pilot": 40, "batch": 16},
-    "tiny-clip": {"steps": 100, "pilot": 20, "batch": 16},
-    "tiny-sd": {"steps": 150, "pilot": 25, "batch": 8},
+    "tiny-vit": {"steps": 200, "batch": 16},
+    "tiny-clip": {"steps": 100, "batch": 16},
+    "tiny-sd": {"steps": 150, "batch": 8},
 }
-QUICK = {"steps": 2, "pilot": 1, "batch": 4}
+QUICK = {"steps": 2, "batch": 4}
 BASELINE = "baseline"  # of the survey's classes
 
 

@@ -61,7 +61,7 @@ def section(rows: Sequence[Row]) -> str:
     cells += [[row["label"], *[""] * 4, f"failed: {row['failed']}", *[""] * 5] for row in rows if "failed" in row]
     rest = [row["label"] for row in others if not learns(row)]
     words = next((row["about"] for row in base if "about" in row), "").strip(".")
-    words += f". {length['steps']} updates of {length['batch']}, {length['pilot']} for each rate that is tried, seed "
+    words += f". {length['steps']} updates of {length['batch']}, seed "
     words += f"{length['seed']}. {len(others) - len(rest)} of {len(others)} learn"
     words += f"; not: {', '.join(rest)}." if rest else "."
     title = f"{model}, {length['steps']} updates"

@@ -130,7 +130,9 @@ class Classes:
             places = micro.positions(batch)
             rows = [shuffled(micro.seed, "pictures", count, place) for place in places]
             x, y = self.drawn(rows, (micro.generator("moved", place) for place in places))
-            return {"loss": F.cross_entropy(model(x), y)}
+            with torch.autocast(x.device.type, torch.bfloat16):
+                logits = model(x)
+            return {"loss": F.cross_entropy(logits.float(), y)}
 
         return loss
 

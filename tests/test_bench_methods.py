@@ -109,7 +109,7 @@ def test_unknown_names_and_missing_data_are_told(bench: Any, data: Path, tmp_pat
 
 
 def test_the_rate_is_climbed_to_from_both_sides(bench: Any) -> None:
-    from contest import PILOTS, RATES, climb
+    from contest import RATES, TRIALS, climb
 
     def loss(best: float) -> Any:
         return lambda rate: abs(RATES.index(rate) - RATES.index(best))
@@ -119,7 +119,7 @@ def test_the_rate_is_climbed_to_from_both_sides(bench: Any) -> None:
     assert climb(1e-3, loss(1e-3)).keys() == {1e-3, 3e-3, 3e-4}
     assert climb(3e-1, loss(3e-1)).keys() == {3e-1, 1e-1}
     assert climb(1e-3, lambda rate: float("inf")).keys() == {1e-3, 3e-3, 3e-4}
-    assert len(climb(1e-5, lambda rate: -rate)) == PILOTS
+    assert len(climb(1e-5, lambda rate: -rate)) == TRIALS
 
 
 def test_lift_and_its_error_are_of_pairs(bench: Any) -> None:
