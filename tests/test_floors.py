@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "quantised", "limit", "site"), 0),
     **dict.fromkeys(("discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
-    **dict.fromkeys(("bank", "pruning", "adapter", "attach"), 2),
+    **dict.fromkeys(("bank", "pruning", "dead", "adapter", "attach"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats", "prefix"), 3),
     **dict.fromkeys(("data", "train", "callbacks", "resume", "interrupt", "runs", "draw", "reports"), 4),
     **dict.fromkeys(("classification", "fewshot", "contrastive", "diffusion", "evaluation"), 4),
