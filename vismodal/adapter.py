@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.bank import Attached, bank_of, detach
+from vismodal.dead import unused
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.limit import Limit
@@ -254,16 +255,7 @@ class Adapter:
         """Dead sites: those that did not run since the last call of `unused()` (or since attaching), and, after a
         backward, those none of whose tensors got a non-zero gradient. Empty when all take part, or are merged.
         Sites that `limit` leaves out are not dead."""
-        entries = [e for m in self.models.values() for p in bank_of(m).ports.values() for e in p.entries]
-        ran = {e.key for e in entries if e.ran and e.adapter == self.name}
-        for e in entries:
-            e.ran = e.ran and e.adapter != self.name
-        if self.merged:
-            return []
-        trained = any(p.grad is not None for p in self.parameters())
-        dropped = {key for part in self._parts for key in part.dropped}
-        busy = {k: m for k, m in self.modules.items() if k not in dropped and not getattr(m, "idle", False)}
-        return [k for k, m in busy.items() if k not in ran or (trained and not _has_gradient(m))]
+        return unused(self)
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {', '.join(map(repr, self.methods.values()))})"
@@ -288,17 +280,3 @@ class Adapter:
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _has_gradient(module: nn.Module) -> bool:
-    """Whether a tensor of its own got a gradient; one that has none is no worse for that.
-
-    One of zeros counts where what the module shares got another (FacT's cores have none at step 1: V = 0)."""
-    own = [p for p in module.parameters() if p.numel()]
-    common = module.__dict__["shared"].parameters() if "shared" in module.__dict__ else ()
-    grads = [p.grad for p in own if p.grad is not None]
-    return not own or any(bool(g.any()) for g in grads) or (bool(grads) and any(_flows(p) for p in common))
-
-
-def _flows(p: nn.Parameter) -> bool:
-    return p.grad is not None and bool(p.grad.any())
