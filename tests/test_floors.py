@@ -18,7 +18,7 @@ FLOORS = {
     **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "quantised", "limit", "site"), 0),
     **dict.fromkeys(("discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
-    **dict.fromkeys(("bank", "pruning", "dead", "adapter", "attach"), 2),
+    **dict.fromkeys(("bank", "pruning", "dead", "adapter", "attach", "route"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats", "prefix"), 3),
     **dict.fromkeys(("data", "train", "callbacks", "resume", "interrupt", "runs", "draw", "reports"), 4),
     **dict.fromkeys(("classification", "fewshot", "contrastive", "diffusion", "evaluation"), 4),
@@ -53,7 +53,7 @@ def test_imports_only_go_down(path: Path) -> None:
 
 def test_a_method_knows_no_family_and_no_port() -> None:
     for path in (PACKAGE / "methods").glob("*.py"):
-        assert not imported(path) & {"families", "ports", "adapter", "attach"}, path.name
+        assert not imported(path) & {"families", "ports", "adapter", "attach", "route"}, path.name
 
 
 def test_a_method_knows_no_library_of_models() -> None:

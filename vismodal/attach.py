@@ -60,7 +60,7 @@ def adapt(
 
     Raises `InputError` where a kind, glob or shape does not fit, or the model is wrapped. Nothing is changed then.
     """
-    models = _models(model)
+    models = models_of(model)
     _check_disjoint(models)
     for m in models.values():
         _check(m, name)
@@ -98,7 +98,7 @@ def use(model: Models, *names: str) -> None:
 
     Of several models, each uses those that it has. Raises `InputError` for a name that none has, or one given twice.
     """
-    models = _models(model).values()
+    models = models_of(model).values()
     there = {n for m in models if BANK in m._modules for n in bank_of(m).attached}
     for name in names:
         if name not in there:
@@ -113,13 +113,14 @@ def use(model: Models, *names: str) -> None:
 def attached(model: Models) -> dict[str, Adapter]:
     """The adapters on a model by name, also on a copied or unpickled one."""
     adapters: dict[str, dict[str, nn.Module]] = {}
-    for m in _models(model).values():
+    for m in models_of(model).values():
         for name, part in (bank_of(m).attached if BANK in m._modules else {}).items():
             adapters.setdefault(name, {})[part.prefix] = m
     return {name: Adapter(models, name) for name, models in adapters.items()}
 
 
-def _models(model: Models) -> dict[str, nn.Module]:
+def models_of(model: Models) -> dict[str, nn.Module]:
+    """One model, or several by prefix, each plain. Raises `InputError` for what is none, or is wrapped."""
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     for m in models.values():
         if not isinstance(m, nn.Module):
