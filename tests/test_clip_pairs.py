@@ -17,6 +17,9 @@ from zoo import close
 import vismodal as vm
 from vismodal import cli
 from vismodal.callbacks import read_log
+from vismodal.checkpoint import read
+from vismodal.contrastive import batches
+from vismodal.contrastive.loss import sigmoid
 from vismodal.errors import InputError
 from vismodal.paths import asset
 
@@ -141,21 +144,103 @@ def test_a_model_of_transformers_is_exported_for_transformers(settings: Any) -> 
     assert not (settings.output / "open_clip").exists()
 
 
+WORDS = ("[PAD]", "[UNK]", "</s>", "a", "in", "many", "words", "photo", "of", *COLOURS, *SHAPES)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a SigLIP of the Hub has it, small and untrained, with a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel, SiglipProcessor
+    from transformers import SiglipImageProcessorPil as Pixels
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>", model_max_length=8
+    )
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+    text = {**tower, **ids, "max_position_embeddings": 8, "projection_size": 32}
+    torch.manual_seed(0)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config={**tower, "image_size": 32, "patch_size": 16}))
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+        model.logit_bias.fill_(-3.0)
+    out = tmp_path_factory.mktemp("siglip")
+    model.save_pretrained(out)
+    SiglipProcessor(Pixels(size={"height": 32, "width": 32}), fast).save_pretrained(out)
+    return out
+
+
+def test_siglip_learns_by_its_own_loss_and_is_exported(
+    settings: Any, siglip: Path, other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = "lora(rank=2, sites=('attn.*', 'mlp.*'))"
+    given = replace(settings, model=str(siglip), method=method, steps=12, batch=8, learning_rate=1e-2, augment=False)
+    main(replace(given, retain=other, alphas=(1.0,), part=3))
+    capsys.readouterr()
+    out = settings.output
+    loss = [row["loss"] for row in rows(out)]
+    assert loss[-1] < 0.8 * loss[0]
+    header = json.loads(read(out / "adapter.safetensors")[0]["temperature"])
+    assert float(header["scale"]) != 2.0 and float(header["bias"]) != -3.0, "both were learnt"
+
+    from transformers import AutoProcessor, SiglipModel
+
+    theirs, processor = SiglipModel.from_pretrained(out / "transformers"), AutoProcessor.from_pretrained(siglip)
+    base = SiglipModel.from_pretrained(siglip)
+    assert theirs.logit_bias.item() == pytest.approx(float(header["bias"]), rel=1e-6)
+    assert AutoProcessor.from_pretrained(out / "transformers") is not None
+    images = [Image.open(p).convert("RGB") for p in sorted(settings.pairs.glob("*.png"))[:8]]
+    given = processor(text=[p.stem for p in sorted(settings.pairs.glob("*.png"))[:8]], images=images,
+                      padding="max_length", return_tensors="pt")  # fmt: skip
+    x, ids = given["pixel_values"], given["input_ids"]
+    live = vm.load(base, out / "adapter.safetensors")
+    assert all(close(a, b, 1e-5) for a, b in zip(features(theirs, x, ids)[:2], features(base, x, ids)[:2], strict=True))
+    losses = []
+    for model in (theirs, base):  # SigLIP's own, at the temperature that was learnt
+        with torch.no_grad():
+            out_ = model(input_ids=ids, pixel_values=x)
+            losses.append(sigmoid(out_.image_embeds, out_.text_embeds, theirs.logit_scale.exp(), theirs.logit_bias))
+    assert close(losses[0], losses[1], 1e-5)
+    with torch.no_grad():
+        assert close(theirs(input_ids=ids, pixel_values=x, return_loss=True).loss, losses[0], 1e-5)
+    live.detach()
+
+
+def test_doubtful_pairs_are_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "doubtful"
+    for name in ("a.png", "b.png", "c.png"):
+        draw(root / name, "red", "circle", (64 + ord(name[0]), 64))
+    table = [{"file_name": n, "text": ["a red circle", ""]} for n in ("a.png", "b.png", "c.png")]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+    (root / "train").mkdir()  # the table is beside it, and counts
+    short = ("--pairs", root, "--val", root, "--batch", 2, "--output", tmp_path / "out", "--steps", 1)
+    assert cli.main(["clip", "pairs", *map(str, short), "--alphas", "1.0"]) == 0
+    told = capsys.readouterr()
+    assert "note: metadata.jsonl: 3 empty captions are left out, the first in line 1" in told.err
+    assert "train: 1 captions are at several pictures, 'a red circle' at 3; in one batch" in told.err
+    assert "3 pictures of val are in train too, byte for byte" in told.err
+    assert str(tmp_path / "out" / "open_clip") in told.out and "PATH" not in told.out
+
+
 def test_a_stopped_run_goes_on_to_the_bit(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     main(settings)
     whole = load_file(settings.output / "adapter.safetensors")
     stopped = replace(settings, output=tmp_path / "stopped")
-    plain = pipeline.row_at
+    plain = batches.row_at
 
     def interrupt(seed: int, size: int, batch: int, position: int) -> int:
         if position == 2 * batch + 1:
             raise KeyboardInterrupt
         return plain(seed, size, batch, position)
 
-    monkeypatch.setattr(pipeline, "row_at", interrupt)
+    monkeypatch.setattr(batches, "row_at", interrupt)
     result = main(stopped)
     assert result.stopped and not (stopped.output / "adapter.safetensors").exists()
-    monkeypatch.setattr(pipeline, "row_at", plain)
+    monkeypatch.setattr(batches, "row_at", plain)
     assert cli.main(["clip", "pairs", "--config", str(stopped.output / "config.yaml"), "--resume"]) == 0
     again = load_file(stopped.output / "adapter.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
@@ -178,7 +263,7 @@ def test_training_learns_and_what_does_not_merge_is_said(settings: Any) -> None:
     loss = [row["loss"] for row in rows(settings.output)]
     assert sum(loss[-3:]) < 0.8 * sum(loss[:3])
     told = json.loads((settings.output / "results.json").read_text())["exports"]
-    assert told == ["not exported: adaptformer(dropout=0.0) does not merge into the weights; use adapter.safetensors"]
+    assert told == ["not exported: AdaptFormer does not merge into the weights; use adapter.safetensors"]
     assert result.sweep[0]["alpha"] == 0.0
 
 

@@ -29,6 +29,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "seeds": len(each),
             **{key: _mean([r[key] for r in each]) for key in SCORES if key in each[0]},
             "parameters": each[0]["parameters"],
+            "lr": each[0].get("lr", 0.0),
             "seconds": statistics.mean(r["seconds"] for r in each),
             "text": each[0]["text features"],
             "images": each[0]["image features"],
@@ -45,10 +46,10 @@ def few_shot_table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     """Head and rows."""
     rows = summary(results)
     scores = [key for key in SCORES if key in rows[0]]
-    head = ["method", *(SCORES[s] for s in scores), "parameters", "training, s", "text features", "image features"]
-    return head, [
-        [r["method"], *(_percent(r[s], r["seeds"]) for s in scores), f"{r['parameters']:,}", f"{r['seconds']:.0f}",
-         r["text"], r["images"]]
+    costs = ["parameters", "rate", "seconds", "text features", "image features"]
+    return ["method", *(SCORES[s] for s in scores), *costs], [
+        [r["method"], *(_percent(r[s], r["seeds"]) for s in scores), f"{r['parameters']:,}",
+         f"{r['lr']:g}" if r["lr"] else "", f"{r['seconds']:.0f}", r["text"], r["images"]]
         for r in rows
     ]  # fmt: skip
 
@@ -76,10 +77,10 @@ def accuracy_plot(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
 def few_shot_card(folder: Path, results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
     """README.md of a run of `vismodal clip`."""
     head, rows = few_shot_table(results)
-    names = ", ".join(dict.fromkeys(r["method"] for r in results))
+    names = list(dict.fromkeys(r["method"] for r in results))
     body = _FEW_SHOT.format(
-        names=names, model=_model(settings["model"]), table=markdown(head, rows), shots=settings["shots"] or "all",
-        seeds=settings["seeds"], settings=_settings(settings, ("model", "data", "output", "resume", "adapter")),
+        names=", ".join(names) if len(names) < 4 else f"{len(names)} methods", model=_model(settings["model"]), table=markdown(head, rows), shots=settings["shots"] or "all",
+        seeds="one seed" if settings["seeds"] == 1 else f"{settings['seeds']} seeds", settings=_settings(settings, ("model", "data", "output", "resume", "adapter")),
     )  # fmt: skip
     return _card(folder, settings["model"], "zero-shot-image-classification", ["clip", "few-shot", "vismodal"], body)
 
@@ -128,8 +129,13 @@ def _model(source: str | None) -> str:
 
 
 def _settings(settings: Mapping[str, Any], private: Sequence[str]) -> str:
-    rows = [[key, f"`{value}`"] for key, value in settings.items() if key not in private and value is not None]
+    rows = [[key, _setting(value)] for key, value in settings.items() if key not in private and value is not None]
     return markdown(["setting", "value"], rows)
+
+
+def _setting(value: Any) -> str:
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return ", ".join(f"`{each}`" for each in value) if several else f"`{value}`"
 
 
 def _card(folder: Path, source: str | None, task: str, tags: list[str], body: str) -> Path:
@@ -158,23 +164,25 @@ def _save(figure: Any, path: Path) -> Path:
 _FEW_SHOT = """\
 # {names} on {model}
 
-Trained with [vismodal](https://pypi.org/project/vismodal/) on {shots} pictures a class, {seeds} seed(s). Accuracy in
-percent on test data, which decided nothing; with several seeds mean ± deviation.
+Trained with [vismodal](https://pypi.org/project/vismodal/) on {shots} pictures a class, {seeds}. Accuracy in percent on
+test data, which decided nothing; with several seeds mean ± deviation. `rate` is AdamW's learning rate; the last columns
+say which features were computed once, and which at every step.
 
 {table}
 
 ![accuracy](accuracy.png)
 
-To use an adapter, with the model's own `model`, `preprocess` and `tokenizer`:
+To use the adapter of a method, with the model's own `model`, `preprocess` and `tokenizer`:
 
 ```python
 import json, vismodal as vm
 from vismodal.checkpoint import read
 
-header, _ = read("adapter.safetensors")
+file = "METHOD/seed-0/adapter.safetensors"
+header, _ = read(file)
 prompts = json.loads(header["prompts"])  # by class
 classifier = vm.CLIPClassifier(model, tokenizer, list(prompts), prompts)
-adapter = vm.load(classifier, "adapter.safetensors")
+adapter = vm.load(classifier, file)
 adapter.scale = float(header.get("scale", 1))
 logits = classifier.eval()(preprocess(picture)[None])
 ```
