@@ -61,7 +61,8 @@ class Config:
         method: any method that goes on both towers or one, with its options: "lora(rank=16)", "dora",
             "tune(sites=('norm','bias'))".
         loss: infonce (CLIP's), sigmoid (SigLIP's), or auto: what the model was made for.
-        learn_scale: train the temperature too (and SigLIP's bias); 1 / temperature never goes beyond 100.
+        learn_scale: train the temperature too (and SigLIP's bias); 1 / temperature never goes beyond 100, or beyond the
+            model's own where that is more.
         batch: pairs of an update, of all processes together: each is a wrong answer to all others.
         part: pairs that go through the towers at a time; the gradient is that of the whole batch, for twice the
             forward time. 0 is all at once.

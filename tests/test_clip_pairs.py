@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from vismodal.contrastive import batches
 from vismodal.contrastive.loss import sigmoid
 from vismodal.errors import InputError
 from vismodal.paths import asset
+from vismodal.pretrained import load_clip
 
 pipeline = cli.load_pipeline("clip_pairs")
 Config, main = pipeline.Config, pipeline.main
@@ -208,6 +210,40 @@ def test_siglip_learns_by_its_own_loss_and_is_exported(
     with torch.no_grad():
         assert close(theirs(input_ids=ids, pixel_values=x, return_loss=True).loss, losses[0], 1e-5)
     live.detach()
+
+
+@pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion2b_s34b_b79k", False)])
+def test_weights_get_the_activation_that_they_were_trained_with(
+    tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's under ViT-B-32, whose architecture has another one: the model, and what is written of it."""
+    asked: dict[str, Any] = {}
+    model, preprocess, _ = vm.models.load("tiny-clip")
+
+    def create(arch: str, **options: Any) -> tuple[Any, Any]:
+        asked.update(options)
+        return model, preprocess
+
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", create)
+    found = load_clip(f"ViT-B-32/{tag}")
+    assert asked["force_quick_gelu"] == quick
+    assert found.config is not None and found.config["model_cfg"].get("quick_gelu", False) == quick
+
+
+def test_models_that_cannot_be_taken(siglip: Path, tmp_path: Path) -> None:
+    for source, library, message in (
+        ("hf-hub:A/B", "transformers", "is a model of open_clip, and library is transformers"),
+        ("ViT-B-32/openai", "transformers", "is a model of open_clip"),
+        ("A/B", "open_clip", "write hf-hub:A/B for open_clip's"),
+        ("ViT-B-32/none", None, "open_clip has no weights 'none' of ViT-B-32; write ViT-B-32/TAG"),
+        (str(tmp_path), None, "holds no open_clip_config.json and no config.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_clip(source, library)  # type: ignore[arg-type]
+    alone = shutil.copytree(siglip, tmp_path / "alone")
+    (alone / "processor_config.json").unlink()
+    with pytest.raises(InputError, match="alone"):
+        load_clip(str(alone))
 
 
 def test_doubtful_pairs_are_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -296,7 +296,9 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert "steps must be at least 1" in refused(capsys, *good, "--steps", 0)
     assert "alphas must be one or more numbers from 0 to 1" in refused(capsys, *good, "--alphas", "[2.0]")
     assert "no adapter file" in refused(capsys, *good, "--adapter", tmp_path / "none.safetensors")
-    assert "have more tokens than the 32" in refused(capsys, *good, "--templates", "a {} " + "very " * 40)
+    assert "has more than the 32 tokens that the model reads" in refused(
+        capsys, *good, "--templates", "a {} " + "very " * 40
+    )
     assert "there is no folder 'nothing'" in refused(capsys, *good, "--model", "nothing")
     assert not (tmp_path / "out").exists()
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vismodal import models
+from vismodal.clip import too_long
 from vismodal.errors import InputError
 
 Library = Literal["open_clip", "transformers"]
@@ -62,13 +63,7 @@ class Pretrained:
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
         """The places of the texts of which the model would not see all tokens."""
-        if self.library == "transformers":
-            rows = self.tokenizer(list(texts), verbose=False)["input_ids"]  # which would warn of an error to come
-            return [i for i, row in enumerate(rows) if len(row) > self.context]
-        if not hasattr(self.tokenizer, "context_length"):  # a function of one's own
-            return []
-        roomy = self.tokenizer(list(texts), context_length=2 * self.context)[:, : self.context]
-        return (roomy != self.tokenizer(list(texts), context_length=self.context)).any(1).nonzero().flatten().tolist()
+        return too_long(self.tokenizer, texts, self.context)
 
 
 def load_clip(source: str | None, library: Library | None = None) -> Pretrained:
@@ -123,8 +118,10 @@ def _named(source: str, library: Library | None) -> Pretrained:
         if tag not in open_clip.list_pretrained_tags_by_model(arch):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
             raise InputError(f"open_clip has no weights {tag!r} of {arch}; write {arch}/TAG with one of {tags}")
-        config = {"model_cfg": open_clip.get_model_config(arch)}
-        model, preprocess = open_clip.create_model_from_pretrained(arch, pretrained=tag)
+        # open_clip only warns where weights were trained with an activation that is not the architecture's
+        quick = bool((open_clip.get_pretrained_cfg(arch, tag) or {}).get("quick_gelu"))
+        config = {"model_cfg": {**open_clip.get_model_config(arch), **({"quick_gelu": True} if quick else {})}}
+        model, preprocess = open_clip.create_model_from_pretrained(arch, pretrained=tag, force_quick_gelu=quick)
         return _of_open_clip(model, preprocess, open_clip.get_tokenizer(arch), config)
     if not tag:
         raise InputError(

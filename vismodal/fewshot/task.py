@@ -35,7 +35,7 @@ class Task:
         templates: as `CLIPClassifier` takes them; a mapping goes by the folders' names.
         base_to_new: only the first half of the classes is trained; the others are measured apart.
 
-    Raises `InputError` where the model would not see a prompt in full.
+    Raises `InputError` for classes that are alike, parts without a picture, and prompts that are too long.
     """
 
     def __init__(self, folder: Folder, model: Pretrained, templates: Templates, base_to_new: bool = False):
@@ -47,12 +47,7 @@ class Task:
         if alike := [n for n, times in Counter(map(_words, folder.classes)).items() if times > 1]:
             raise InputError(f"two folders are the class {alike[0]!r}: underscores are read as spaces; rename one")
         self.labels, self.new = halves(folder.classes) if base_to_new else (everything, [])
-        prompts = [p for each in self.classifier(everything).text.prompts for p in each]
-        if long := model.too_long(prompts):
-            raise InputError(
-                f"{len(long)} prompts have more tokens than the {model.context} that the model reads, such as "
-                f"{prompts[long[0]]!r}; shorten the names of the classes or the templates"
-            )
+        self.classifier(everything)  # names and templates that make no sense are told before anything is written
         self.val, self.test = (self._part(name, self.labels) for name in ("val", "test"))
         self.unseen = self._part("test", self.new) if self.new else None
         self._drawn: dict[tuple[int, int], Part] = {}

@@ -78,10 +78,15 @@ def few_shot_card(folder: Path, results: Sequence[Mapping[str, Any]], settings: 
     """README.md of a run of `vismodal clip`."""
     head, rows = few_shot_table(results)
     names = list(dict.fromkeys(r["method"] for r in results))
+    seeds = settings["seeds"]
     body = _FEW_SHOT.format(
-        names=", ".join(names) if len(names) < 4 else f"{len(names)} methods", model=_model(settings["model"]), table=markdown(head, rows), shots=settings["shots"] or "all",
-        seeds="one seed" if settings["seeds"] == 1 else f"{settings['seeds']} seeds", settings=_settings(settings, ("model", "data", "output", "resume", "adapter")),
-    )  # fmt: skip
+        names=", ".join(names) if len(names) < 4 else f"{len(names)} methods",
+        model=_model(settings["model"]),
+        table=markdown(head, rows),
+        shots=settings["shots"] or "all",
+        seeds="one seed" if seeds == 1 else f"{seeds} seeds",
+        settings=_settings(settings, ("model", "data", "output", "resume", "adapter")),
+    )
     return _card(folder, settings["model"], "zero-shot-image-classification", ["clip", "few-shot", "vismodal"], body)
 
 
