@@ -235,11 +235,7 @@ def write_results(config: Config, templates: Templates, output: Path, scores: Se
     head, rows = clip_report.few_shot_table(scores)
     write_file(output / "results.json", json.dumps(list(scores), indent=1, ensure_ascii=False))
     clip_report.accuracy_plot(scores, output / "accuracy.png")
-    shown = [templates] if isinstance(templates, str) else list(templates)
-    prompts = shown if all(isinstance(each, str) for each in shown) else "functions of the names"
-    if isinstance(templates, Mapping):
-        prompts = "for each class its own"
-    clip_report.few_shot_card(output, scores, {**asdict(config), "templates": prompts})
+    clip_report.few_shot_card(output, scores, {**asdict(config), "templates": clip_report.described(templates)})
     print(table(head, rows))
     print(f"results: {output / 'README.md'}; adapters: {output}/METHOD/seed-N/adapter.safetensors")
 

@@ -173,8 +173,7 @@ def run(config: Config) -> Result:
     if accelerator.is_main_process:
         runs.save_config(config, output)
     accelerator.print(
-        f"training {adapter.num_parameters:,} parameters on {len(train.pairs)} pictures with {len(train.texts)} "
-        f"captions; {len(val.pairs)} pictures for retrieval; into {output}"
+        f"training {adapter.num_parameters:,} parameters on {train.told}; {val.told} for retrieval; into {output}"
     )
     model.model.train()
     stopped = train_with(loss, trained, config, checkpoints, accelerator)
@@ -183,7 +182,7 @@ def run(config: Config) -> Result:
         return Result(output, [], stopped=True)
     sweep = judge.sweep(adapter, config.alphas) if accelerator.is_main_process else []
     if accelerator.is_main_process:
-        write_results(config, model, trained, sweep)
+        write_results(config, model, trained, sweep, {"train": train.told, "val": val.told})
     accelerator.wait_for_everyone()
     return Result(output, sweep)
 
@@ -234,17 +233,19 @@ def retained(config: Config) -> Folder | None:
     return folder
 
 
-def write_results(config: Config, model: Pretrained, trained: Trained, sweep: Sequence[dict[str, float]]) -> None:
+def write_results(
+    config: Config, model: Pretrained, trained: Trained, sweep: Sequence[dict[str, float]], data: dict[str, str]
+) -> None:
     """The adapter, the merged model for both libraries, and what people look at; then says where they are."""
     output, adapter = known(config.output), trained.adapter
     header = {name: str(value.item()) for name, value in trained.temperature.named_parameters()}
     vm.save(adapter, output / "adapter.safetensors", {"temperature": json.dumps(header)})
     exported = clip_export.write_adapted(model, adapter, output, trained.temperature.write)
-    write_file(output / "results.json", json.dumps({"sweep": sweep, "exports": exported}, indent=1))
+    write_file(output / "results.json", json.dumps({"data": data, "sweep": sweep, "exports": exported}, indent=1))
     clip_report.retention_plot(sweep, output / "retention.png")
     report.loss_plot(output / "metrics.jsonl", output / "loss.png")
     told = "\n".join(f"- {line}" for line in exported)
-    clip_report.pairs_card(output, sweep, asdict(config), adapter.num_parameters, told)
+    clip_report.pairs_card(output, sweep, asdict(config), adapter.num_parameters, data, told)
     print(clip_report.pairs_table(sweep))
     print("\n".join(exported).replace("PATH/", f"{output.resolve()}/"))
     print(f"results: {output / 'README.md'}")

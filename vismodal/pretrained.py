@@ -91,6 +91,17 @@ def load_clip(source: str | None, library: Library | None = None) -> Pretrained:
         raise InputError(f"the model {source!r} cannot be loaded: {error}") from error
 
 
+def hub_name(source: str | None) -> str | None:
+    """The repository on the Hub that `load_clip` would take a model from; None for one that lies elsewhere."""
+    import open_clip
+
+    if source is None or Path(source).expanduser().exists():
+        return None
+    if source.startswith("hf-hub:"):
+        return source.removeprefix("hf-hub:")
+    return source if source.count("/") == 1 and source.split("/")[0] not in open_clip.list_models() else None
+
+
 def _embedded(library: Library) -> Pretrained:
     if library == "transformers":
         twin = models.load("tiny-clip", library="transformers")

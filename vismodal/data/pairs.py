@@ -69,6 +69,11 @@ class Pairs:
         return [i for i, pair in enumerate(self.pairs) for _ in pair.texts]
 
     @property
+    def told(self) -> str:
+        """How much there is."""
+        return f"{len(self.pairs)} pictures with {len(self.texts)} captions"
+
+    @property
     def shared(self) -> dict[str, int]:
         """Captions that several pictures have, with the number of these."""
         return {text: count for text, count in Counter(self.texts).items() if count > 1}

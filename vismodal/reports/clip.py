@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vismodal.clip import Templates
 from vismodal.files import write_file
+from vismodal.pretrained import hub_name
 from vismodal.table import markdown
 
 SCORES = {"test": "accuracy", "base": "base", "new": "new", "H": "H"}
@@ -68,10 +70,19 @@ def accuracy_plot(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.errorbar(means, range(len(rows)), xerr=spread, fmt="o", color=colour, capsize=3, label=SCORES[key])
     axes.set_yticks(range(len(rows)), [r["method"] for r in rows])
     axes.set_xlabel("accuracy on test data, %")
+    axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.grid(axis="x", alpha=0.3)
     if "base" in rows[0]:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
+
+
+def described(templates: Templates) -> list[str]:
+    """Templates in words."""
+    if isinstance(templates, Mapping):
+        return ["of each class its own"]
+    each = [templates] if isinstance(templates, str) or callable(templates) else list(templates)
+    return [one if isinstance(one, str) else "a function of the name" for one in each]
 
 
 def few_shot_card(folder: Path, results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
@@ -115,13 +126,18 @@ def pairs_table(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def pairs_card(
-    folder: Path, rows: Sequence[Mapping[str, float]], settings: Mapping[str, Any], parameters: int, exports: str
+    folder: Path,
+    rows: Sequence[Mapping[str, float]],
+    settings: Mapping[str, Any],
+    parameters: int,
+    data: Mapping[str, str],
+    exports: str,
 ) -> Path:
-    """README.md of a run of `vismodal clip pairs`."""
-    private = ("model", "pairs", "retain", "output", "resume")
+    """README.md of a run of `vismodal clip pairs`; `data` says how much there is of "train" and "val"."""
+    private = ("model", "pairs", "val", "retain", "output", "resume")
     body = _PAIRS.format(
         method=settings["method"], model=_model(settings["model"]), table=pairs_table(rows), parameters=parameters,
-        exports=exports, settings=_settings(settings, private),
+        **data, exports=exports, settings=_settings(settings, private),
     )  # fmt: skip
     return _card(folder, settings["model"], "zero-shot-image-classification", ["clip", "retrieval", "vismodal"], body)
 
@@ -146,8 +162,7 @@ def _setting(value: Any) -> str:
 def _card(folder: Path, source: str | None, task: str, tags: list[str], body: str) -> Path:
     from huggingface_hub import ModelCard, ModelCardData
 
-    hub = source if source and not Path(source).exists() and source.count("/") == 1 else None
-    data = ModelCardData(base_model=hub, pipeline_tag=task, tags=tags)
+    data = ModelCardData(base_model=hub_name(source), pipeline_tag=task, tags=tags)
     return write_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
 
 
@@ -197,9 +212,9 @@ logits = classifier.eval()(preprocess(picture)[None])
 _PAIRS = """\
 # {method} on pictures and their texts, from {model}
 
-Trained with [vismodal](https://pypi.org/project/vismodal/): {parameters:,} parameters. In percent, on pairs that
-training did not see; `zero-shot` is the accuracy on other data, which training should not cost too much. alpha lies
-between the base (0) and the adapted model (1).
+Trained with [vismodal](https://pypi.org/project/vismodal/): {parameters:,} parameters on {train}. In percent, on
+{val} that training did not see; `zero-shot` is the accuracy on other data, which training should not cost too
+much. alpha lies between the base (0) and the adapted model (1).
 
 {table}
 
