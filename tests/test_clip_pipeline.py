@@ -179,9 +179,9 @@ def test_test_data_is_measured_after_everything_is_decided(settings: Any, monkey
     order: list[str] = []
     inputs, search = Part.inputs, vm.TipAdapter.search
 
-    def watched(part: Any, clf: Any) -> Any:
+    def watched(part: Any, clf: Any, *copies: Any) -> Any:
         order.append(part.pictures.paths[0].parents[1].name)
-        return inputs(part, clf)
+        return inputs(part, clf, *copies)
 
     def noted(adapter: Any, batches: Any) -> Any:
         found = search(adapter, batches)

@@ -62,6 +62,7 @@ def test_names_options_and_what_is_not_there() -> None:
         "clip-lora(search='cache')": 'search can be "scale" here',
         "coop(lr=-1)": "lr must be a number above 0",
         "coop(": "describes no method",
+        "coop; maple": "is not one method; write several with --compare",
         "clip-lora(weight_decay=-1)": "weight_decay must be a number of at least 0, not -1",
         "clip-lora(weight_decay='a')": "weight_decay must be a number",
         "tip-adapter(lr=1e-3)": "nothing is trained in tip-adapter; write tip-adapter-f",

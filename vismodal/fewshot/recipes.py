@@ -160,6 +160,8 @@ def _written(text: str, recipe: Recipe, options: str) -> Any:
     except InputError as error:
         if str(error).startswith("no method"):
             raise InputError(f"no method {text!r}; write one of {', '.join(RECIPES)}, or another's class") from None
+        if ";" in text:
+            raise InputError(f"{text!r} is not one method; write several with --compare") from None
         raise InputError(f"{text}: {error}") from None
 
 
