@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,16 +95,12 @@ def loss_of(
     contrast, images = loss_named(name, temperature), Images(model.model)
     device = temperature.scale.device
 
-    def texts(rows: Tensor) -> Tensor:
-        return encode_texts(model.model, rows)
+    texts = partial(encode_texts, model.model)
 
     def loss(micro: Micro) -> Mapping[str, Tensor]:
         places = micro.positions(batch // micro.world)
         items = [row_at(micro.seed, len(pictures), batch, p) for p in places]
-        said = [
-            first[i] + int(torch.randint(first[i + 1] - first[i], (), generator=micro.generator("caption", p)))
-            for i, p in zip(items, places, strict=True)
-        ]
+        said = [_caption(first[i], first[i + 1], micro, p) for i, p in zip(items, places, strict=True)]
         if augment:
             x = pictures.augmented(items, [(micro.seed, "augment", p) for p in places], model.size)
         else:
@@ -113,3 +110,8 @@ def loss_of(
         return {"loss": contrast(gathered(f), gathered(t)), "scale": temperature.scale.exp()}
 
     return loss
+
+
+def _caption(first: int, end: int, micro: Micro, position: int) -> int:
+    """One of the captions from `first` on, drawn by its place in the endless reading."""
+    return first + int(torch.randint(end - first, (), generator=micro.generator("caption", position)))
