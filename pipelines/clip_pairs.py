@@ -53,7 +53,7 @@ class Config:
         held_out: share of pictures for retrieval, where no part of their own is given.
         long: captions longer than the model's context: truncate (their end is not seen), skip, or error. Told anyway.
         retain: folder of pictures by class, as `vismodal clip` reads it, whose zero-shot accuracy should stay; it is
-            measured on the test part.
+            measured on the test part, or else on val.
         templates: what the names of those classes are put into.
         model: the embedded CLIP unless given: a folder, OWNER/NAME of transformers on the Hub, or of open_clip
             hf-hub:OWNER/NAME or ARCH/TAG such as ViT-B-32/laion2b_s34b_b79k.

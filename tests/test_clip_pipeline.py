@@ -149,6 +149,15 @@ def test_functions_and_mappings_are_templates(settings: Any) -> None:
     assert one.scores[0]["test"] == two.scores[0]["test"]
 
 
+def test_the_same_model_of_transformers_has_the_same_scores(settings: Any, tmp_path: Path) -> None:
+    both = replace(settings, compare=("zero-shot", "tip-adapter", "vpt"), steps=1)
+    ours = scores(main(both))
+    theirs = scores(main(replace(both, library="transformers", output=tmp_path / "theirs")))
+    for name in ("zero-shot", "tip-adapter"):
+        assert ours[name]["test"] == theirs[name]["test"]
+    assert ours["vpt"]["parameters"] == theirs["vpt"]["parameters"]
+
+
 # -- validation and test data ------------------------------------------------------------------------------------------
 
 

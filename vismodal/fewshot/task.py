@@ -90,14 +90,15 @@ class Task:
 
     def shots(self, count: int, seed: int) -> Part:
         """The training pictures that a seed draws, the same for all methods; all of them where `count` is 0."""
-        if (count, seed) not in self._drawn:
+        key = count, seed if count else 0
+        if key not in self._drawn:
             items, notes = few(self.folder, count, seed) if count else (self.folder.train, [])
             others = tuple(f"class {name!r} has" for name in self.classes(self.new))
             for note in notes:
                 if not note.startswith(others):
                     print(f"note: {note}", file=sys.stderr)
-            self._drawn[count, seed] = Part(items, self.labels, self.model)
-        return self._drawn[count, seed]
+            self._drawn[key] = Part(items, self.labels, self.model)
+        return self._drawn[key]
 
     # -- measuring --
 
