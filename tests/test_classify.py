@@ -15,13 +15,14 @@ import pytest
 import torch
 from pictures import folder, picture, tiny_vit
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 import vismodal as vm
 from vismodal import cli
 from vismodal.callbacks import read_log
+from vismodal.classification.classifier import read_classifier, save_classifier
 from vismodal.classification.contestants import FACTORS, attach, contestant, contestants, trials
 from vismodal.classification.learning import (
     BEST,
@@ -30,8 +31,6 @@ from vismodal.classification.learning import (
     Validation,
     answers,
     best_epoch,
-    read_classifier,
-    save_classifier,
     score,
 )
 from vismodal.classification.vision import Source, fresh_head, load_vision
@@ -314,15 +313,15 @@ def test_groups_do_not_decay_vectors(vision):
 def test_tune_chooses_by_validation_data_alone(settings, monkeypatch):
     tried = []
 
-    def learn(bench, each, seed):
+    def learn(config, bench, each, seed):
         tried.append((each.lr, each.scale, seed))
         value = 0.9 if len(tried) == 3 else 0.5
         figures = {"val": {"accuracy": value, "loss": 1.0}}
         return classify.Outcome(Path(), each.label, seed, each.lr, each.scale, figures)
 
     monkeypatch.setattr(classify, "learn", learn)
-    bench = SimpleNamespace(config=replace(settings, tune=4, repeats=2), accelerator=SimpleNamespace(print=print))
-    outcomes = classify.compete(bench, contestant("lora"))
+    bench = SimpleNamespace(accelerator=SimpleNamespace(print=print))
+    outcomes = classify.compete(replace(settings, tune=4, repeats=2), bench, contestant("lora"))
     assert len(set(tried)) == 5 and [o.seed for o in outcomes] == [0, 1]
     assert {(o.lr, o.scale) for o in outcomes} == {tried[2][:2]} and tried[0] == (1e-3, 1.0, 0)
 
@@ -493,6 +492,14 @@ def test_bad_input_is_one_line_and_leaves_no_trace(model, data, tmp_path, capsys
     assert "has no option 'rnk'" in refused(capsys, *good, "--compare", "lora(rnk=2); ssf")
     assert "the same: lora" in refused(capsys, *good, "--compare", "lora; lora")
     assert "xattn.q" in refused(capsys, *good, "--method", "tune(sites=('xattn.q',))")
+    assert "clip must be at least 0, not -1" in refused(capsys, *good, "--clip", "-1")
+    assert "threads must be at least 1, not 0" in refused(capsys, *good, "--threads", "0")
+    assert "image_size must be at least 1, not 0" in refused(capsys, *good, "--image_size", "0")
+    assert "nothing to keep; leave out mixup" in refused(capsys, *good, "--cache", "--mixup", "0.2")
+    assert "nothing to keep; write copies=4" in refused(capsys, *good, "--cache", "--flip")
+    assert "would all be alike; write crop" in refused(capsys, *good, "--copies", "3")
+    place = tmp_path / "no/model"
+    assert f"there is no folder {place}; write where" in refused(capsys, *good[:3], "--model", place)
     assert "mixup mixes pairs" in refused(capsys, *good, "--mixup", "0.2", "--batch", "3")
     assert "crop must be" in refused(capsys, *good, "--crop", "0")
     assert "must be above 0, and leave" in refused(capsys, *good, "--val", "0.6", "--test", "0.5")
@@ -519,11 +526,27 @@ def test_predict_refuses_what_does_not_fit(model, data, tmp_path, capsys):
     strange = folder(tmp_path / "d", {"": 2}, {"red": (255, 0, 0), "teal": (0, 128, 128)})
     line = refused(capsys, "predict", "--adapter", file, "--data", strange)
     assert "has 'teal', which the adapter does not know and lacks 'blue'" in line
+    line = refused(capsys, "predict", "--adapter", file, "--data", data)
+    assert "has 'test', which the adapter does not know and lacks 'blue'" in line
+    assert line.endswith(f"perhaps you mean {data / 'val'}")
+    assert "give one" in refused(capsys, "predict", "--adapter", file, "--data", strange, image)
     gone = folder(tmp_path / "d", {"": 2}, {"red": (255, 0, 0), "blue": (0, 128, 128)})
     (tmp_path / "moved").mkdir()
     assert "holds no config.json" in refused(capsys, "predict", "--adapter", file, "--model", tmp_path / "moved", image)
     assert cli.main(["predict", "--adapter", str(file), str(gone / "red"), str(image)]) == 0
     assert capsys.readouterr().out.count(".png") == 3  # a folder's pictures, and one by name
+
+
+def test_another_base_is_warned_of(compared, data, tmp_path, capsys):
+    other = tiny_vit(tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in state.items()}, other / "model.safetensors")
+    file, image = str(compared.output / "adapter.safetensors"), str(data / "test/red/0.png")
+    assert cli.main(["predict", "--adapter", file, "--model", str(other), image]) == 0
+    told = capsys.readouterr().err
+    assert "warning: " in told and "same shapes, other values; the answers may be wrong" in told
+    assert cli.main(["predict", "--adapter", file, image]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_odd_pictures_go_all_the_way_with_cache_and_bf16(model, tmp_path):
@@ -556,6 +579,11 @@ def test_methods_as_they_are_written():
     assert written("repadapter(bias=FALSE)").make() == RepAdapter(bias=False)
     assert [each.label for each in contestants(("lora, ssf", "bitfit"))] == ["lora", "ssf", "bitfit"]
     assert contestant("lora + bitfit").lr == 1e-3 and contestant("lora(lr=2e-3) + bitfit").lr == 2e-3
+    assert [each.lr for each in contestants(("lora(lr=2e-3); vpt",), 7e-4)] == [2e-3, 7e-4]  # what is written wins
+    assert contestant("lora(rank=2, lr=1e-3)").slug == "lora-rank-2-lr-1e-3"
+    told_apart = ("lora(layers=slice(-1, None))", "lora(layers=slice(1, None))", "lora(where='a*')", "lora(where='a?')")
+    assert len({contestant(text).slug for text in told_apart}) == 4
+    assert len(contestant(f"lora(where='{'a' * 300}')").slug) < 100
     with pytest.raises(InputError, match="write one lr"):
         contestant("lora(lr=1e-3) + bitfit(lr=1e-2)")
     with pytest.raises(InputError, match="lr must be a number above 0, not True"):

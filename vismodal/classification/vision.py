@@ -126,6 +126,8 @@ def _config(source: Source, folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise InputError(f"{folder} holds no config.json; write the folder of a model of timm or transformers")
         return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+    if source.model.startswith((".", "/", "~")) or source.model.count("/") > 1:  # no name on the Hub, but a place
+        raise InputError(f"there is no folder {source.model}; write where the model lies (--model)")
     if "/" in source.model and not source.model.startswith(("hf-hub:", "hf_hub:", "timm/")):
         from huggingface_hub import hf_hub_download
 
@@ -152,7 +154,7 @@ def _timm(source: Source, folder: Path, classes: int) -> Vision:
     if source.weights:
         file = Path(source.weights).expanduser()
         if not file.is_file():
-            raise InputError(f"there is no checkpoint {source.weights}")
+            raise InputError(f"there is no checkpoint {source.weights}; write where it lies (--weights)")
         options["pretrained_cfg_overlay"] = {"file": str(file)}
     model = _sized(lambda **size: timm.create_model(name, **options, **size), source.image_size)
     model.reset_classifier(classes)

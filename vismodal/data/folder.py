@@ -132,7 +132,11 @@ def read_labelled(root: Path, classes: Sequence[str]) -> tuple[tuple[Item, ...],
     if strange or missing:
         has = [f"has {strange[0]!r}, which the adapter does not know"] if strange else []
         has += [f"lacks {missing[0]!r}"] if missing else []
-        raise InputError(f"{root} {' and '.join(has)}: its folders must be the adapter's classes, {_few(classes)}")
+        parts = [by_class[name] for name in strange if name in {s for names in PARTS.values() for s in names}]
+        hint = f"; perhaps you mean {parts[-1]}" if parts else ""
+        raise InputError(
+            f"{root} {' and '.join(has)}: its folders must be the adapter's classes, {_few(classes)}{hint}"
+        )
     items = _items(root, by_class, classes, notes)
     _check({name: by_class[name] for name in classes}, items, 1, "is needed")
     return items, notes
