@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -38,7 +39,7 @@ from vismodal.draw import seed_of
 from vismodal.errors import InputError
 from vismodal.prefix.frozen import FrozenPrefix
 from vismodal.reports.classification import Outcome
-from vismodal.reports.classification_page import Shown, write_all
+from vismodal.reports.classification_page import Shown, about, write_all
 from vismodal.resume import Checkpoints
 from vismodal.runs import known
 from vismodal.train import Plan, Schedule, fit
@@ -280,23 +281,18 @@ def write_results(c: Config, bench: Bench, results: Sequence[Sequence[Outcome]])
     logits = learning.answers(bench.vision.model, views, 2 * c.batch, bench.accelerator.autocast)
     adapter.detach()
     scores = learning.score(logits, views.labels)
-    about = f"{folder.root.name}: {folder.digest.rpartition(' ')[0]}, {len(folder.classes)} classes; {c.epochs} epochs"
-    shown = Shown(folder, results, best, scores, part, settings_of(c), about)
     hub = hub_id(bench.vision.model, source)
+    base = hub or Path(c.model).name
+    shown = Shown(folder, results, best, scores, part, asdict(c), about(folder, base, c.epochs, c.shots))
     more = {"classes": folder.classes, "processes": bench.accelerator.num_processes, "notes": folder.notes}
     more["best"] = f"runs/{best.folder.name}"
-    print("\n" + write_all(output, shown, logits, hub or Path(c.model).name, hub, more))
-    print(f"report: {output / 'report.html'}\nadapter: {output / 'adapter.safetensors'}")
-    print(f"next: vismodal predict --adapter {output / 'adapter.safetensors'} {views.items[0].path}")
+    print("\n" + write_all(output, shown, logits, base, hub, more))
+    file, picture = output / "adapter.safetensors", views.items[0].path
+    print(f"report: {output / 'report.html'}\nadapter: {file}")
+    print(f"next: vismodal predict --adapter {shlex.quote(str(file))} {shlex.quote(str(picture))}")
 
 
 # -- small parts -------------------------------------------------------------------------------------------------------
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """What a report names: without what was left to itself, and `method` where `compare` took its place."""
-    given = {name: value for name, value in asdict(config).items() if value not in (None, ())}
-    return {name: value for name, value in given.items() if not (name == "method" and config.compare)}
 
 
 def source_of(config: Config) -> Source:

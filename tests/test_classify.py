@@ -33,7 +33,7 @@ from vismodal.classification.learning import (
     best_epoch,
     score,
 )
-from vismodal.classification.vision import Source, fresh_head, load_vision
+from vismodal.classification.vision import Source, Vision, _check, fresh_head, from_processor, load_vision
 from vismodal.data.folder import read_folder
 from vismodal.data.photos import read_picture
 from vismodal.data.views import PLAIN, Augment, View, Views
@@ -125,6 +125,8 @@ def test_what_a_comparison_leaves(compared, model):
     assert same(load_file(out / "adapter.safetensors"), load_file(best / BEST))
 
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    told = "tiny on colours: 3 classes; 12 pictures for training, 6 for validation, 9 for the test; 8 epochs"
+    assert told in page and told in card and "<td>method</td>" not in page and "<td>compare</td>" in page
     assert "http" not in re.sub(r"data:image/\w+;base64,[\w+/=]+", "", page) and page.count("data:image/png") == 2
     assert str(model.parent) not in page + card and "lora(rank=2)" in card and "vismodal predict" in card
 
@@ -447,6 +449,21 @@ def test_a_cached_prefix_gives_the_same(vision, data):
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "crop"), [(224, 224 / 256), (96, 0.9), (384, 0.875)])
+def test_convnext_cuts_below_384_pixels_and_squashes_above(size, crop):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=crop)
+    vision = Vision(nn.Identity(), from_processor(processor))
+    _check(processor, vision)
+    image = picture((200, 30, 90), 0, (640, 480)).resize((200, 160))
+    truth = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    assert truth.shape == (3, size, size) and (vision.preprocess(image) - truth).abs().mean() < 0.02
+    processor.crop_pct = 0.7  # something that the settings did not tell
+    if size < 384:
+        with pytest.raises(InputError, match="ConvNextImageProcessor does to a picture is not supported"):
+            _check(processor, vision)
 
 
 @pytest.mark.parametrize("kind", ["vit", "clip"])

@@ -191,7 +191,23 @@ def _transformers(source: Source, folder: Path, classes: int) -> Vision:
         logging.set_verbosity(verbosity)
     if not isinstance(getattr(model, "classifier", None), nn.Linear):
         raise InputError(f"{source.model} is a {type(model).__name__}, which has no linear classifier; write another")
-    return Vision(model.eval().float(), from_processor(AutoImageProcessor.from_pretrained(name)))
+    processor = AutoImageProcessor.from_pretrained(name)
+    vision = Vision(model.eval().float(), from_processor(processor))
+    _check(processor, vision)
+    return vision
+
+
+def _check(processor: Any, vision: Vision) -> None:
+    """Raises `InputError` where the processor does something that its settings do not tell."""
+    y, x = torch.meshgrid(torch.arange(240), torch.arange(320), indexing="ij")
+    image = Image.fromarray(torch.stack([0.8 * x, y, 255 - 0.5 * (x + y).clamp(max=510)], -1).byte().numpy())
+    theirs, mine = processor(images=image, return_tensors="pt")["pixel_values"][0], vision.preprocess(image)
+    levels = 255 * min(vision.config["std"])  # of 255: PIL and torchvision round, and cut odd rests on another side
+    if theirs.shape != mine.shape or float((theirs - mine).abs().max()) * levels > 5:
+        raise InputError(
+            f"what {type(processor).__name__} does to a picture is not supported: it is more than resizing, "
+            "cutting out the middle and normalising"
+        )
 
 
 def from_processor(processor: Any) -> dict[str, Any]:
@@ -201,7 +217,13 @@ def from_processor(processor: Any) -> dict[str, Any]:
         raise InputError(
             f"the processor scales pixels by {processor.rescale_factor}, not by 1/255, which is not supported"
         )
-    if size.get("shortest_edge"):
+    zoom = getattr(
+        processor, "crop_pct", None
+    )  # ConvNeXt's: below 384 pixels it cuts out the middle, above it squashes
+    if size.get("shortest_edge") and zoom:
+        edge = size["shortest_edge"]
+        cut, mode, share = (edge, edge), *(("center", zoom) if edge < 384 else ("squash", 1.0))
+    elif size.get("shortest_edge"):
         edge = size["shortest_edge"]
         cut = (crop["height"], crop["width"]) if getattr(processor, "do_center_crop", False) else (edge, edge)
         mode, share = "center", min(cut) / (edge + 0.5)  # timm rounds min(cut) / share down: to `edge`
