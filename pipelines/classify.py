@@ -246,7 +246,7 @@ def train(
         callbacks=[
             Progress(),
             Validation(partial(bench.scores, seer, bench.val), adapter, place, epoch * c.score_every, epoch),
-            *([Track(accelerator, "classify", same)] if c.track else []),
+            *([Track(accelerator, f"classify-{place.name}", same)] if c.track else []),
         ],
     )
     model.eval()

@@ -207,13 +207,14 @@ def test_resume_is_exact(settings, tmp_path, monkeypatch):
 
 
 def test_two_processes_get_what_one_does(data, tmp_path):
+    pytest.importorskip("tensorboard")  # whose end must not be that of the process group
     one = Config(
         data=data, model=str(tiny_vit(tmp_path / "plain")), output=tmp_path / "one", epochs=2, batch=4, mixup=0.3,
         learning_rate=1e-3, method="lora(rank=2)", crop=0.7, threads=1,
     )  # fmt: skip
     main(one)
     out = tmp_path / "two"
-    save_config(replace(one, output=out, batch=2), tmp_path)
+    save_config(replace(one, output=out, batch=2, track="tensorboard"), tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
@@ -222,6 +223,7 @@ def test_two_processes_get_what_one_does(data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((out / "results.json").read_text())["processes"] == 2
+    assert len(list(out.glob("classify-lora-rank-2-*-seed0/events*"))) == 1
     a, b = (load_file(folder / "adapter.safetensors") for folder in (one.output, out))
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
     losses = [[row["loss"] for row in rows(next(f.glob("runs/*")) / "metrics.jsonl")] for f in (one.output, out)]

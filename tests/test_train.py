@@ -171,6 +171,7 @@ def test_trackers_get_scalars():
     class Accelerator:
         def __init__(self):
             self.seen = []
+            self.trackers = [self]
 
         def init_trackers(self, project, config):
             self.seen.append((project, config))
@@ -178,13 +179,17 @@ def test_trackers_get_scalars():
         def log(self, values, step):
             self.seen.append((step, values["loss"] > 0))
 
-        def end_training(self):
+        def finish(self):
             self.seen.append("end")
+
+        def end_training(self):
+            pytest.fail("accelerate destroys the process group there, which later runs need")
 
     outside = Accelerator()
     train(None, steps=2, callbacks=[Track(outside, "toy", {"sites": ("a", "b"), "rate": 0.1, "none": None})])
     config = {"sites": "('a', 'b')", "rate": 0.1, "none": "None"}
     assert outside.seen == [("toy", config), (1, True), (2, True), "end"]
+    assert outside.trackers == []
 
 
 # -- exact resume ----------------------------------------------------------------------------------------------------
