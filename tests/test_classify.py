@@ -547,7 +547,7 @@ def test_predict_refuses_what_does_not_fit(model, data, tmp_path, capsys):
     assert "has 'teal', which the adapter does not know and lacks 'blue'" in line
     line = refused(capsys, "predict", "--adapter", file, "--data", data)
     assert "has 'test', which the adapter does not know and lacks 'blue'" in line
-    assert line.endswith(f"perhaps you mean {data / 'val'}")
+    assert line.endswith(f"perhaps you mean {data / 'test'}")
     assert "give one" in refused(capsys, "predict", "--adapter", file, "--data", strange, image)
     gone = folder(tmp_path / "d", {"": 2}, {"red": (255, 0, 0), "blue": (0, 128, 128)})
     (tmp_path / "moved").mkdir()

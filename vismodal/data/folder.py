@@ -132,11 +132,10 @@ def read_labelled(root: Path, classes: Sequence[str]) -> tuple[tuple[Item, ...],
     if strange or missing:
         has = [f"has {strange[0]!r}, which the adapter does not know"] if strange else []
         has += [f"lacks {missing[0]!r}"] if missing else []
-        parts = [by_class[name] for name in strange if name in {s for names in PARTS.values() for s in names}]
-        hint = f"; perhaps you mean {parts[-1]}" if parts else ""
-        raise InputError(
-            f"{root} {' and '.join(has)}: its folders must be the adapter's classes, {_few(classes)}{hint}"
-        )
+        parts = [by_class[name] for name in strange if any(name.lower() in names for names in PARTS.values())]
+        hint = f"; perhaps you mean {min(parts, key=lambda path: path.name.lower() != 'test')}" if parts else ""
+        told = f"{' and '.join(has)}: its folders must be the adapter's classes, {_few(classes)}"
+        raise InputError(f"{root} {told}{hint}")
     items = _items(root, by_class, classes, notes)
     _check({name: by_class[name] for name in classes}, items, 1, "is needed")
     return items, notes

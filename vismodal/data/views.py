@@ -84,7 +84,7 @@ class Views:
         cut, self.finish = evaluation(config)
         self.change = training(config, augment, cut) if augment.random else None
         # what is the same for all views of a picture is done once, and kept
-        once = cut if self.change is None else lambda image: image
+        once: Callable[[Image.Image], Image.Image] = cut if self.change is None else lambda image: image
         self.pictures = Kept([item.path for item in items], once, lambda p: 3 * p.width * p.height, keep)
 
     def __len__(self) -> int:
