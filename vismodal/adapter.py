@@ -15,7 +15,7 @@ from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.limit import Limit
 from vismodal.methods import Method
 from vismodal.pruning import Pruned, prune
-from vismodal.sharding import reshard, spread_like, whole
+from vismodal.sharding import spread_like, whole
 
 
 class Adapter:
@@ -63,7 +63,7 @@ class Adapter:
         return sum(p.numel() for p in self.parameters())
 
     def _tensors(self) -> dict[str, Tensor]:
-        reshard(self.models.values())
+        # a module's own state_dict puts sharded parameters back in their place, where a forward has left whole copies
         return {f"{k}.{n}": t for k, m in self._all_modules().items() for n, t in m.state_dict().items()}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -6,11 +6,9 @@ spread_like(t, like)  of a whole tensor, which all processes have, the form that
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -31,15 +29,3 @@ def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
 
     there = cast(Any, like)
     return distribute_tensor(tensor.to(there.device), there.device_mesh, there.placements, src_data_rank=None)
-
-
-def reshard(models: Iterable[nn.Module]) -> None:
-    """Puts sharded parameters back in their place: after a forward without a backward, the outermost module still has
-    whole copies there, and what is written into those is lost."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # nobody can have sharded anything
-        return
-    for model in models:
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
