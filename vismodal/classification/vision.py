@@ -222,7 +222,7 @@ def from_processor(processor: Any) -> dict[str, Any]:
     )  # ConvNeXt's: below 384 pixels it cuts out the middle, above it squashes
     if size.get("shortest_edge") and zoom:
         edge = size["shortest_edge"]
-        cut, mode, share = (edge, edge), *(("center", zoom) if edge < 384 else ("squash", 1.0))
+        cut, mode, share = (edge, edge), "center" if edge < 384 else "squash", zoom if edge < 384 else 1.0
     elif size.get("shortest_edge"):
         edge = size["shortest_edge"]
         cut = (crop["height"], crop["width"]) if getattr(processor, "do_center_crop", False) else (edge, edge)
