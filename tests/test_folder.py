@@ -214,6 +214,14 @@ def test_folders_that_are_refused(tmp_path, counts, change, message):
         read_folder(root)
 
 
+def test_a_folder_of_data_sets_is_no_data_set(tmp_path):
+    folder(tmp_path / "all/one"), folder(tmp_path / "all/two")
+    with pytest.raises(
+        InputError, match=r"the class 'one' has no usable picture: in .*perhaps you mean --data .*all.one;"
+    ):
+        read_folder(tmp_path / "all")
+
+
 def test_other_places_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"there is no folder owner/pets.*hf download owner/pets"):
         read_folder(type(tmp_path)("owner/pets"))
