@@ -217,7 +217,7 @@ def test_folders_that_are_refused(tmp_path, counts, change, message):
 def test_a_folder_of_data_sets_is_no_data_set(tmp_path):
     folder(tmp_path / "all/one"), folder(tmp_path / "all/two")
     with pytest.raises(
-        InputError, match=r"the class 'one' has no usable picture: in .*perhaps you mean --data .*all.one;"
+        InputError, match=r"the class 'one' has no usable picture: in .*deeper \(--data .*all.one, perhaps\)"
     ):
         read_folder(tmp_path / "all")
 

@@ -497,7 +497,7 @@ def test_two_processes_train_as_one(tmp_path):
     script.write_text(TWO.format(tests=str(ROOT / "tests")).replace("train(P", "import test_train\ntest_train.nn.Dropout = lambda p: test_train.nn.Identity()\ntrain(P"))  # fmt: skip # noqa: E501
     env = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    subprocess.run([*command, tmp_path / "run"], env=env, check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, tmp_path / "run"], env=env, check=True, capture_output=True, timeout=500)
     toy = Toy()
     toy.net[1] = nn.Identity()
     _, one = train(tmp_path / "one", toy, batch=2, steps=4)

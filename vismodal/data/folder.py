@@ -232,9 +232,7 @@ def _check(by_class: dict[str, Path], items: Sequence[Item], least: int, why: st
         if not counts[label]:
             files = "all its files were skipped" if any(map(is_picture, listing(folder))) else "it is empty"
             if any(os.path.isdir(inside) for inside in listing(folder)):
-                files = (
-                    f"there are folders only, as where classes lie one deeper; perhaps you mean --data {folder}; else"
-                )
+                files = f"there are folders only, as where classes lie one deeper (--data {folder}, perhaps)"
             raise InputError(f"the class {name!r} has no usable picture: in {folder} {files}; add some, or delete it")
         if counts[label] < least:
             has = f"{counts[label]} picture{'s' if counts[label] > 1 else ''}"
