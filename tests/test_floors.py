@@ -16,6 +16,7 @@ PACKAGE = ROOT / "vismodal"
 # the module (or package) and the floor it stands on; a file imports its own floor and those below
 FLOORS = {
     **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "quantised", "limit", "site"), 0),
+    "sharding": 0,
     **dict.fromkeys(("discover", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
     **dict.fromkeys(("bank", "pruning", "dead", "adapter", "attach", "route"), 2),

@@ -16,6 +16,7 @@ from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.limit import Limit
 from vismodal.methods import Method
 from vismodal.pruning import Pruned, prune
+from vismodal.sharding import spread_like, whole
 
 
 class Adapter:
@@ -62,10 +63,14 @@ class Adapter:
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def _tensors(self) -> dict[str, Tensor]:
+        # a module's own state_dict puts sharded parameters back in their place, where a forward has left whole copies
+        return {f"{k}.{n}": t for k, m in self._all_modules().items() for n, t in m.state_dict().items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors by "slot/site.name", gathered where they are sharded; the base is not among them."""
-        tensors = {f"{k}.{n}": t for k, m in self._all_modules().items() for n, t in m.state_dict().items()}
-        return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
+        """The adapter's tensors by "slot/site.name"; the base is not among them. Those that FSDP2 has sharded are
+        gathered, so that all processes must ask."""
+        return {key: whole(tensor) for key, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors in. Raises `InputError` naming keys that are missing, left over, or of another shape."""
@@ -92,8 +97,8 @@ class Adapter:
 
     def _copy(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for key, tensor in self.state_dict().items():
-                tensor.copy_(state[key])
+            for key, tensor in self._tensors().items():
+                tensor.copy_(spread_like(state[key], tensor))
         self._refresh(rebake=True)
 
     # -- state --
