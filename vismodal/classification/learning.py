@@ -243,6 +243,11 @@ def read_classifier(path: Path) -> Classifier:
     header, _ = read(path)
     if HEADER not in header:
         raise InputError(f"{path} is no classifier: it was not written by vismodal classify, but by another pipeline")
-    entry = json.loads(header[HEADER])
+    return classifier_of(header[HEADER])
+
+
+def classifier_of(text: str) -> Classifier:
+    """What the header's entry says."""
+    entry = json.loads(text)
     source = Source(**{name: entry[name] for name in asdict(Source()) if name in entry})
     return Classifier(source, tuple(entry["classes"]), entry["preprocessing"])
