@@ -126,11 +126,11 @@ def test_as_peft_where_peft_is_right(kind: str, monkeypatch: pytest.MonkeyPatch)
 
     base = nn.Sequential(nn.Linear(12, 10, bias=False))
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
-    model = peft.get_peft_model(base, config, "a")
-    model.add_adapter("b", config)
+    model = peft.get_peft_model(base, config, "one")
+    model.add_adapter("two", config)
     layer = model.base_model.model[0]
     updates = []
-    for i, name in enumerate("ab"):
+    for i, name in enumerate(("one", "two")):
         A, B = drawn(3, 12, seed=i).float(), drawn(10, 3, seed=5 + i).float()
         layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = A, B
         updates.append(Update(A, 2 * B))
@@ -139,8 +139,8 @@ def test_as_peft_where_peft_is_right(kind: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(merge_utils, "random_pruning", lambda t, d, rescale: t * left.pop(0).float())
     density = {} if kind in ("svd", "linear") else {"density": 0.5}
     rank = {} if kind == "linear" else {"svd_rank": 4}
-    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c", combination_type=kind, **density, **rank)
-    theirs = layer.get_delta_weight("c").double()
+    model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "both", combination_type=kind, **density, **rank)
+    theirs = layer.get_delta_weight("both").double()
     ours = {"svd": "svd", "ties_svd": "ties", "dare_linear_svd": "dare", "dare_ties_svd": "dare_ties"}.get(
         kind, "linear"
     )
@@ -161,7 +161,7 @@ PRODUCTS: dict[str, Methods] = {
     "PiSSA": vm.PiSSA(rank=2, alpha=3.0),
     "AdaLoRA": vm.AdaLoRA(rank=4, target=2, alpha=3.0),
     "DyLoRA": vm.DyLoRA(rank=3, alpha=2.0),
-    "layers": vm.LoRA(rank=2, layers=slice(-1, None), sites=("embed",) * 0 + ("attn.out",)),
+    "layers": vm.LoRA(rank=2, layers=slice(-1, None), sites=("attn.out",)),
 }
 OTHERS: dict[str, Methods] = {
     "DoRA": vm.DoRA(rank=2),
@@ -256,14 +256,14 @@ def test_a_scaled_file_is_the_adapter_at_that_scale(name: str) -> None:
     model = VIT.model()
     a = trained(model, SCALABLE[name])
     assert same(deltas(model, scale(a, 0.7)), deltas(model, a, 0.7))
-    assert same(deltas(model, scale(a, 0.0)), {n: torch.zeros_like(d) for n, d in deltas(model, a).items()}, 1e9)
+    assert same(deltas(model, scale(a, 0.0)), {n: torch.zeros_like(d) for n, d in deltas(model, a).items()})
 
 
 def test_a_scaled_copy_needs_the_base_and_a_rotation_cannot_be_scaled() -> None:
     model = VIT.model()
     a = trained(model, [vm.LoRA(rank=2), vm.Tune(sites=("norm", "head"))])
     assert same(deltas(model, scale(a, 0.3, {"": model})), deltas(model, a, 0.3))
-    with pytest.raises(vm.InputError, match="trained copies, whose change cannot be told .* --model"):
+    with pytest.raises(vm.InputError, match=r"trained copies, whose change cannot be told .* \(--model\)"):
         scale(a, 0.3)
     for method in (vm.OFT(block_size=8), vm.DoRA()):
         with pytest.raises(vm.InputError, match=r"bake it at a strength, or merge it"):
@@ -286,7 +286,7 @@ def test_what_does_not_go_together_says_so() -> None:
         ([a, late], None, None, "chooses .* by other modules or layers than others"),
         ([a, whole], None, None, "adapted as a whole and in parts"),
         ([tuned, tuned], [0.5, 0.6], None, "weights that add up to 1"),
-        ([tuned, tuned], [0.5, 0.5], Recipe("ties"), "trained copy .* --model"),
+        ([tuned, tuned], [0.5, 0.5], Recipe("ties"), r"trained copy .*--model"),
         ([a, a], [1.0], None, "2 adapters and 1 weights"),
         ([a, a], [1.0, math.nan], None, "finite"),
     ):
@@ -359,7 +359,7 @@ def test_resize_by_error_keeps_the_fewest_ranks_that_reach_it() -> None:
         best = next(k for k in range(1, 7) if errors[k] <= 0.4)
         assert rank == (5 if key.endswith("blocks.0.attn.proj") else best)
         assert made.report.errors[key] == pytest.approx(errors[rank], abs=1e-6)
-    with pytest.raises(vm.InputError, match="matches no site, such as blocks.0"):
+    with pytest.raises(vm.InputError, match=r"matches no site, such as blocks\.0"):
         resize(a, Keep(ranks={"mlp.*": 2}))
     with pytest.raises(vm.InputError, match="say how many ranks"):
         resize(a, Keep())
@@ -405,9 +405,9 @@ def test_extract_at_low_rank_is_the_best_approximation() -> None:
     assert "blocks.0.attn.qkv.weight" in made.notes[-1]
     with pytest.raises(vm.InputError, match="are equal"):
         extract(model, copy.deepcopy(model), Keep(rank=1))
-    with pytest.raises(vm.InputError, match=r"blocks.0.norm1.weight is \(24,\) in the base and"):
+    with pytest.raises(vm.InputError, match=r"cls_token is \(1, 1, 24\) in the base and not in"):
         extract(model, BY_NAME["timm-swin_tiny_patch4_window7_224"].model(), Keep(rank=1))
-    with pytest.raises(vm.InputError, match="on no site of xattn.*: blocks.0"):
+    with pytest.raises(vm.InputError, match=r"on no site of xattn.*: blocks\.0"):
         extract(model, tuned, Keep(rank=1), kinds=("xattn.*",), copies=False)
 
 

@@ -23,6 +23,7 @@ from vismodal.errors import InputError
 from vismodal.families import table as family_table
 from vismodal.methods import LoRA, Method, Tune
 from vismodal.methods.lowrank import Own, Product
+from vismodal.methods.tune import Copy
 from vismodal.ports import WeightPort
 from vismodal.quantised import is_quantised
 from vismodal.site import Site, Table
@@ -110,8 +111,7 @@ def _change(module: nn.Module, W: Tensor, before: Tensor, after: Tensor) -> Chan
     if type(module).forward is Product.forward:
         return update_of(module)  # type: ignore[arg-type]
     difference = after - before
-    is_copy = isinstance(getattr(module, "value", None), nn.Parameter) and getattr(module, "slot", "") == "weight"
-    return Value(W + difference, W) if W.dim() < 2 or (is_copy and not hasattr(module, "index")) else difference
+    return Value(W + difference, W) if W.dim() < 2 or isinstance(module, Copy) else difference
 
 
 def _sum(changes: Sequence[Change]) -> Change:

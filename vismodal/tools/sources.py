@@ -97,6 +97,9 @@ def _classifier(saved: Saved, source: str | None, precision: str) -> Whole:
             model.config.id2label = dict(enumerate(file.classes))
             model.config.label2id = {name: i for i, name in enumerate(file.classes)}
             model.save_pretrained(out)
+            from transformers import AutoImageProcessor
+
+            AutoImageProcessor.from_pretrained(source or file.source.model).save_pretrained(out)
             return
         import timm
 
