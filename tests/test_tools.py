@@ -209,7 +209,7 @@ def test_two_adapters_add_up_and_truncation_is_the_best() -> None:
     made = merge([a, b], [0.7, 0.3])
     assert same(deltas(model, made.saved), want)
     assert made.report.ranks["blocks.0.attn.qkv:q"] == 5
-    assert made.notes[0].startswith("a does not change 2 of 11 sites, such as blocks.0.mlp.fc1")
+    assert made.notes[0].startswith("a does not change 2 of 12 sites, such as blocks.0.mlp.fc1")
     cut = merge([a, b], [0.7, 0.3], Recipe("svd"), Keep(rank=2))
     got = deltas(model, cut.saved)
     D = want["blocks.0.attn.proj.weight"]
