@@ -497,6 +497,26 @@ def test_a_timm_model_is_baked_extracted_and_loaded_by_timm(tmp_path: Path) -> N
     assert cli.main(["bake", str(file), "--model", "tiny-vit", "--out", str(folder)]) == 2
 
 
+def test_folders_of_transformers_and_open_clip_are_baked(tmp_path: Path) -> None:
+    import open_clip
+    from transformers import ViTForImageClassification
+
+    theirs = BY_NAME["transformers-ViT"].model()
+    theirs.save_pretrained(tmp_path / "vit")
+    ours = vm.models.load("tiny-clip").model
+    x, y = drawn(2, 3, 32, 32).float(), drawn(2, 3, 64, 64).float()
+    for model, source in ((theirs, str(tmp_path / "vit")), (ours, "tiny-clip")):
+        name = Path(source).name
+        a = trained(model, vm.LoRA(rank=2))
+        file, folder = write_saved(a, tmp_path / f"{name}.safetensors"), tmp_path / f"baked-{name}"
+        assert cli.main(["bake", str(file), "--model", source, "--out", str(folder)]) == 0
+        bake({"": model}, [a])
+    again = ViTForImageClassification.from_pretrained(tmp_path / "baked-vit").eval()
+    assert torch.equal(again(x).logits, theirs(x).logits)
+    clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'baked-tiny-clip'}")
+    assert torch.equal(clip.eval().encode_image(y), ours.encode_image(y))
+
+
 def test_a_pipeline_is_baked_into_a_folder_that_diffusers_loads(tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

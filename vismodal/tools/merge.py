@@ -205,10 +205,10 @@ def _file(adapters: Sequence[Saved], merged: Mapping[str, Update | Value]) -> Sa
     _check_overlap([key for key in place if isinstance(merged[key], Update)])
     bases: dict[str, Fingerprint] = {p: base for a in adapters for p, base in a.bases.items()}
     methods = {group: _method(each, set(bases)) for group, each in groups.items()}
-    for group, method in methods.items():
+    for chosen, method in methods.items():
         if isinstance(method, LoRA):
-            ranks = [len(u.A) for key, u in merged.items() if place[key] == group and isinstance(u, Update)]
-            methods[group] = replace(method, rank=max(ranks))
+            ranks = [len(u.A) for key, u in merged.items() if place[key] == chosen and isinstance(u, Update)]
+            methods[chosen] = replace(method, rank=max(ranks))
     by_slot = slots(list(methods.values()))
     names = dict(zip(methods, by_slot, strict=True))
     tensors: dict[str, torch.Tensor] = {}
