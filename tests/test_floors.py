@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats", "prefix"), 3),
     **dict.fromkeys(("data", "train", "callbacks", "resume", "interrupt", "runs", "draw", "reports"), 4),
     **dict.fromkeys(("classification", "fewshot", "contrastive", "diffusion", "evaluation"), 4),
-    **dict.fromkeys(("models", "pretrained", "clip_export", "entries"), 4),
+    **dict.fromkeys(("models", "pretrained", "clip_export", "entries", "tools"), 4),
     **dict.fromkeys(("cli", "pipelines", "apps"), 5),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

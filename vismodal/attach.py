@@ -64,7 +64,7 @@ def adapt(
     _check_disjoint(models)
     for m in models.values():
         _check(m, name)
-    methods = _slots([method] if isinstance(method, Method) else method)
+    methods = slots([method] if isinstance(method, Method) else method)
     found = {prefix: discover(m, family_table(m, sites), prefix) for prefix, m in models.items()}
     built: list[tuple[str, Site, nn.Module]] = []
     shared: dict[str, nn.Module] = {}
@@ -142,18 +142,19 @@ def models_of(model: Models) -> dict[str, nn.Module]:
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
-def _slots(methods: object) -> dict[str, Method]:
-    slots: dict[str, Method] = {}
+def slots(methods: object) -> dict[str, Method]:
+    """A list of methods by the names of their slots: "lora", "tune", "lora_1". Raises `InputError` for what is none."""
+    found: dict[str, Method] = {}
     for method in methods if isinstance(methods, Iterable) else (methods,):
         if not isinstance(method, Method):
             raise InputError(f"{method!r} is no method; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
         slot = name = type(method).__name__.lower()
-        while slot in slots:
+        while slot in found:
             slot = f"{name}_{int(slot[len(name) + 1 :] or 0) + 1}"
-        slots[slot] = method
-    if not slots:
+        found[slot] = method
+    if not found:
         raise InputError("no method given; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
-    return slots
+    return found
 
 
 def _select(sites: Sequence[Site], method: Method) -> list[Site]:
