@@ -44,14 +44,12 @@ def load_pipeline(model: str | Path, precision: str = "no", device: torch.device
             kind = kind_named(name, str(model))
             if index is not None:
                 _check_folder(folder, index, kind)
-            dtype = dict.fromkeys((kind.denoiser, *kind.encoders), PRECISIONS[precision])
-            pipe: Pipe = (
-                getattr(diffusers, name)
-                .from_pretrained(
-                    source, use_safetensors=True, dtype={**dtype, "default": torch.float32}, **kind.loading
-                )
-                .to(device)
-            )
+            dtype: dict[str, torch.dtype] = dict.fromkeys((kind.denoiser, *kind.encoders), PRECISIONS[precision])
+            dtype["default"] = torch.float32
+            without = [name for name in kind.optional if not listed.get(name, [None])[0]]
+            nothing = dict.fromkeys((*without, *map(tokenizer_of, without)))
+            read = getattr(diffusers, name).from_pretrained
+            pipe: Pipe = read(source, use_safetensors=True, dtype=dtype, **kind.loading, **nothing).to(device)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -77,8 +75,7 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def _check_folder(folder: Path, listed: dict[str, Any], kind: Kind) -> None:
     """Raises `InputError` for the first part that is not there."""
-    missing = {name for name in kind.optional if not listed.get(name, [None])[0]}
-    encoders = [name for name in kind.encoders if name not in missing]
+    encoders = [name for name in kind.encoders if name not in kind.optional or listed.get(name, [None])[0]]
     weights = [kind.denoiser, "vae", *encoders]
     for part in (*weights, *map(tokenizer_of, encoders), "scheduler"):
         if not listed.get(part, [None])[0]:

@@ -70,9 +70,8 @@ class Flow:
 
     def draw(self, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
         """The level of one row, whose latent has the shape (..., h, w)."""
-        plain = torch.rand((), generator=generator)
-        if self.density == "logit_normal":
-            plain = torch.randn((), generator=generator).sigmoid()
+        uniform = self.density == "uniform"
+        plain = torch.rand((), generator=generator) if uniform else torch.randn((), generator=generator).sigmoid()
         return losses.shift_level(plain, self.shift(shape[-2] * shape[-1] // self.patch**2))
 
     def shift(self, tokens: int) -> float:
