@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -54,7 +55,7 @@ def adapted(pipe: Pipe, text: bool) -> dict[str, nn.Module]:
     return {name: getattr(pipe, name) for name in names}
 
 
-def checkpoint_gradients(models: Mapping[str, nn.Module]) -> None:
+def checkpoint_gradients(models: Mapping[str, Any]) -> None:
     """Trades time for memory: activations of the blocks are computed again in the backward pass."""
     for model in models.values():
         switch = getattr(model, "enable_gradient_checkpointing", None)  # of diffusers; the other of transformers

@@ -23,10 +23,12 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from vismodal.site import Order, Span, Table, Weight
+from vismodal.site import Entry, Order, Span, Table, Weight
 
 NAME = "diffusers"
-MODELS = "the UNets of Stable Diffusion 1.5, 2 and XL, the transformers of Stable Diffusion 3, Flux and PixArt"
+MODELS = (
+    "UNet2DConditionModel of Stable Diffusion 1.5, 2 and XL; the transformers of SD 3, Flux and PixArt"
+)
 
 
 def attention(kind: str, path: str, when: Callable[[Any], bool] | None = None) -> tuple[Weight, ...]:
@@ -58,7 +60,7 @@ def _keeps_text(block: Any) -> bool:
 
 # Text and picture go through a block together, so there is no span over it; it counts as one all the same.
 COUNTED = Span("block", when=lambda block: False)
-JOINT = (
+JOINT: tuple[Entry, ...] = (
     COUNTED,
     Span("attn", "norm1", "attn", {"normed": "norm1"}, "norm2"),
     Span("mlp", "norm2", "ff", {"normed": "norm2"}, "norm2"),
