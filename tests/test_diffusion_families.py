@@ -23,6 +23,7 @@ from vismodal.diffusion.processes import Diffusion, Flow, process_of
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.errors import InputError
 from vismodal.formats import peft
+from vismodal.site import Weight
 from vismodal.train import Micro
 
 diffusers = pytest.importorskip("diffusers")
@@ -350,6 +351,15 @@ def test_training_lowers_the_loss(models, photos, tmp_path, kind):
     assert after < 0.97 * before
 
 
+@every
+def test_half_precision_and_checkpointing_run(models, photos, tmp_path, kind):
+    run = settings(kind, models, photos, tmp_path / "run")
+    half = {"mixed_precision": "bf16", "gradient_checkpointing": True, "prior": 0.0, "sites": ("all",)}
+    dreambooth.main(replace(run, steps=1, batch=1, sample_count=1, save_every=0, **half))
+    assert pixels(tmp_path / "run/samples/step-0000001.png").shape == (16, 16, 3)
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "run/adapter.safetensors").values())
+
+
 # -- what is adapted, and what is refused ----------------------------------------------------------------------------
 
 
@@ -387,6 +397,18 @@ def test_the_last_block_of_sdxls_first_encoder_is_dead_and_left_out(models, phot
     assert {key.partition("/")[2].partition(".self_attn")[0] for key in whole.unused()} == {
         "text_encoder.encoder.layers.1"
     }
+
+
+def test_the_texts_queries_in_the_last_block_of_sd3_are_dead_and_no_site(models):
+    from diffusers.models.attention import JointTransformerBlock
+
+    pipe = load_pipeline(models["sd3"])
+    found = [site.key for site in vm.sites(pipe.transformer) if site.kind == "attn.add.q"]
+    assert found == ["transformer_blocks.0.attn.add_q_proj"]
+    table = {JointTransformerBlock: (Weight("queries", "attn.add_q_proj.weight"),)}
+    adapter = vm.adapt(pipe.transformer, vm.LoRA(sites=("queries",), rank=2), sites=table)
+    denoising(pipe, [_set(pipe, "p")], Prompts(pipe, True), 2, Weights())(Micro(0, 0, 0))["loss"].backward()
+    assert [key.partition("/")[2] for key in adapter.unused()] == ["transformer_blocks.1.attn.add_q_proj"]
 
 
 def refused(capsys, *arguments: object) -> str:

@@ -29,6 +29,7 @@ class Pipe(Protocol):
     scheduler: Any
     image_processor: Any
     vae_scale_factor: int
+    default_sample_size: int
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any: ...
     def set_progress_bar_config(self, **kwargs: Any) -> None: ...
@@ -180,7 +181,7 @@ class Flux(Kind):
         return 2
 
     def native(self, pipe: Pipe) -> int:
-        return int(pipe.default_sample_size) * pipe.vae_scale_factor  # type: ignore[attr-defined]
+        return int(pipe.default_sample_size) * pipe.vae_scale_factor
 
     def encode(self, pipe: Pipe, prompts: Sequence[str]) -> Texts:
         hidden, pooled, _ = self._encoded(pipe, prompts, prompt_2=None)

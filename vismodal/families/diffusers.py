@@ -26,9 +26,7 @@ from torch import nn
 from vismodal.site import Entry, Order, Span, Table, Weight
 
 NAME = "diffusers"
-MODELS = (
-    "UNet2DConditionModel of Stable Diffusion 1.5, 2 and XL; the transformers of SD 3, Flux and PixArt"
-)
+MODELS = "UNet2DConditionModel of Stable Diffusion 1.5, 2 and XL; the transformers of SD 3, Flux and PixArt"
 
 
 def attention(kind: str, path: str, when: Callable[[Any], bool] | None = None) -> tuple[Weight, ...]:
