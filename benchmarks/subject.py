@@ -23,7 +23,9 @@ import vismodal as vm
 from pipelines.dreambooth import Config as DreamBooth
 from pipelines.dreambooth import main as dreambooth
 from vismodal.data.photos import read_photos
-from vismodal.diffusion.pipeline import generate, load_pipeline, native_size
+from vismodal.diffusion.encode import native_size
+from vismodal.diffusion.generate import generate
+from vismodal.diffusion.load import load_pipeline
 from vismodal.evaluation.judge import dino
 from vismodal.paths import asset
 

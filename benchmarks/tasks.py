@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,8 @@ import vismodal as vm
 from vismodal.data.photos import pixels
 from vismodal.diffusion import losses
 from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
-from vismodal.diffusion.pipeline import draw_latents, encode_images, encode_prompts, native_size, noise_schedule
+from vismodal.diffusion.encode import draw_latents, encode_images, encode_prompts, native_size
+from vismodal.diffusion.processes import noise_schedule
 from vismodal.draw import generator, shuffled
 from vismodal.evaluation import emoji_tasks
 from vismodal.evaluation.emoji_scores import answers
@@ -278,7 +279,8 @@ class Style:
         return rows
 
     def loss(self, model: nn.Module, batch: int) -> Callable[[Micro], Mapping[str, Tensor]]:
-        pipe: Any = SimpleNamespace(unet=model, scheduler=self.pipe.scheduler)
+        pipe: Any = copy.copy(self.pipe)
+        pipe.unet = model
         return denoising(pipe, [self.learnt], self.prompts, batch, Weights())
 
     def judged(self, model: nn.Module, part: str) -> Judged:

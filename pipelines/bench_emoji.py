@@ -30,9 +30,10 @@ from vismodal import runs
 from vismodal.callbacks import Progress
 from vismodal.data.emoji import prompt_for
 from vismodal.data.photos import Photo
-from vismodal.diffusion import pipeline as diffusion
 from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
-from vismodal.diffusion.pipeline import Pipe
+from vismodal.diffusion.encode import native_size
+from vismodal.diffusion.kinds import Pipe
+from vismodal.diffusion.load import load_pipeline
 from vismodal.draw import seed_of
 from vismodal.entries import Entry, entry
 from vismodal.errors import InputError
@@ -176,7 +177,7 @@ def run(config: Config) -> Path:
     emojis = emoji_tasks.read(data, config.subject, known(config.held_out), config.seed)
     judge = dino(data)
     accelerator = runs.start_accelerator("no", None)
-    pipe = diffusion.load_pipeline(config.model or asset("tiny-sd"), device=accelerator.device)
+    pipe = load_pipeline(config.model or asset("tiny-sd"), device=accelerator.device)
     for each in entries:
         adapt(pipe, each, config.seed).detach()  # what does not fit is told before anything is written
     folder = runs.claim(config.output, "bench-emoji", config.resume, accelerator)
@@ -279,7 +280,7 @@ def contest(bench: Bench, task: Task, each: Entry) -> Drawn:
 def learn(bench: Bench, task: Task, each: Entry, adapter: vm.Adapter) -> float:
     """Trains; the seconds that it took. Raises KeyboardInterrupt if somebody stopped it."""
     c, pipe = bench.config, bench.pipe
-    pictures = partial(Pictures, pipe, size=diffusion.native_size(pipe))
+    pictures = partial(Pictures, pipe, size=native_size(pipe))
     sets = [pictures("learnt", task.learnt.images, task.learnt.captions)]
     if task.usual and c.prior:
         sets.append(pictures("usual", task.usual.images, task.usual.captions))

@@ -1,4 +1,4 @@
-"""DreamBooth with LoRA (Ruiz et al. 2023, arXiv 2208.12242): teach Stable Diffusion a subject from a few photos.
+"""DreamBooth with LoRA (Ruiz et al. 2023, arXiv 2208.12242): teach a model a subject from a few photos.
 
     vismodal dreambooth                                    # the embedded model and subject, a few minutes on a laptop
     vismodal dreambooth --photos my_dog --prompt "a photo of sks dog" --model OWNER/STABLE-DIFFUSION
@@ -24,9 +24,13 @@ from vismodal import runs
 from vismodal.callbacks import Every, Progress, Track
 from vismodal.data.photos import Photo
 from vismodal.data.subject import CLASS_PROMPT, PROMPT, subject_folder
-from vismodal.diffusion import pipeline as diffusion
 from vismodal.diffusion.denoise import Crop, Pictures, Prompts, Weights, denoising
-from vismodal.diffusion.pipeline import Generate, Pipe, Samples, fill_folder
+from vismodal.diffusion.encode import warn_of_long
+from vismodal.diffusion.generate import Generate, Samples, fill_folder, generate
+from vismodal.diffusion.kinds import Pipe, kind_of
+from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.presets import adapted, checkpoint_gradients, sites_of
+from vismodal.diffusion.processes import Density
 from vismodal.diffusion.prompts import check_class, check_subject, prompts_for, without_word
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
@@ -41,14 +45,14 @@ from vismodal.train import Micro, Plan, Schedule, fit
 
 @dataclass(frozen=True)
 class Config:
-    """Teach Stable Diffusion a subject from a few photos (DreamBooth with LoRA).
+    """Teach Stable Diffusion 1, 2, XL or 3, Flux or PixArt a subject from a few photos (DreamBooth with LoRA).
 
     Args:
         photos: folder with a few photos of the subject: jpg, png, webp; captions from NAME.txt or metadata.jsonl.
             Without it, the six drawings of a robot that come with vismodal.
         prompt: what a photo shows, with the subject's word in it, such as "a photo of sks dog".
         subject: the word in the prompt that stands for the subject; a rare one, so that it means nothing else yet.
-        model: folder in diffusers' layout, or Hub id, of a Stable Diffusion 1 or 2 model. Without it, the embedded one.
+        model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
         output: folder for the results. Without it, the next free runs/dreambooth-N.
         resume: go on with the run in `output`; to the bit what it would have become without the stop.
         captions: use the photos' captions where they have one; the prompt goes before those without the subject's word.
@@ -59,10 +63,10 @@ class Config:
         class_prompt: prompt of the class images; without it, the prompt without the subject's word.
         class_images: how many class images there are to be.
         class_folder: where they are found, or made and kept. Without it, OUTPUT/class.
-        train_text_encoder: adapt the text encoder too.
-        sites: where LoRA attaches in the UNet; `vm.sites(unet)` lists what there is. Without it, attn.* and xattn.*,
-            and with the embedded model mlp.* and conv too.
-        text_sites: where it attaches in the text encoder.
+        train_text_encoder: adapt the CLIP text encoders too.
+        sites: where LoRA attaches in the UNet or transformer: attention, +ff, +conv (each with those before it), all;
+            or kinds of sites, which `vm.sites(unet)` lists. Without it, attention, and with the embedded model +conv.
+        text_sites: where it attaches in the text encoders.
         rank: inner dimension of LoRA.
         alpha: LoRA acts with alpha / rank; without it, with 1.
         dropout: probability of dropping LoRA's inputs while training.
@@ -76,6 +80,7 @@ class Config:
         clip: largest norm of the gradient; 0 is off.
         min_snr: gamma of the Min-SNR loss weights (arXiv 2303.09556), usually 5; 0 is off.
         offset_noise: strength of offset noise, usually 0.05 to 0.1; 0 is off.
+        levels: density of the noise levels where the model is trained by flow matching (SD3, Flux).
         seed: of everything random.
         mixed_precision: precision of the frozen model and of the computation; fp16 needs a GPU.
         gradient_checkpointing: less memory for more time.
@@ -84,7 +89,8 @@ class Config:
         sample_prompts: of the samples. Without them, the prompt, and for the embedded subject on two new backgrounds.
         sample_count: samples for each prompt, with seeds that stay the same.
         sample_steps: denoising steps of samples and class images; 25, or 20 with the embedded model.
-        guidance: classifier-free guidance of samples and class images; 7.5, or 4 with the embedded model.
+        guidance: classifier-free guidance of samples and class images; as usual with the kind of model (7.5 for Stable
+            Diffusion 1 and 2), or 4 with the embedded one.
         save_every: save a checkpoint every so many steps; a stop and the end save one anyway.
         keep: how many checkpoints stay.
         threads: of the CPU; torch's own choice, or 1 with the embedded model, which is too small to be shared out. A
@@ -122,6 +128,7 @@ class Config:
     clip: float = 1.0
     min_snr: float = 0.0
     offset_noise: float = 0.0
+    levels: Density = "logit_normal"
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
@@ -141,13 +148,13 @@ PHOTO = "a photo of sks dog"
 
 # The usual value, and the one that suits the embedded model, which is small, fast and far less trained.
 BY_MODEL = {
-    "sites": (("attn.*", "xattn.*"), ("attn.*", "xattn.*", "mlp.*", "conv")),
+    "sites": (("attention",), ("+conv",)),
     "steps": (500, 600),
     "batch": (1, 4),
     "learning_rate": (1e-4, 1e-3),
     "schedule": ("constant", "cosine"),
     "sample_steps": (25, 20),
-    "guidance": (7.5, 4.0),
+    "guidance": (None, 4.0),  # None: by the kind of model
 }
 
 # What may change between a stop and its resume, since it does not touch what the adapter becomes; or (photos, model,
@@ -179,21 +186,21 @@ def run(config: Config) -> Result:
     plan = Plan(known(config.steps), config.accumulate, config.seed, known(config.schedule), config.warmup, config.clip)
     photos = runs.read_and_tell(config.photos or subject_folder(), config.resolution, config.captions)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
-    pipe = diffusion.load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)
-    config = replace(config, resolution=config.resolution or diffusion.native_size(pipe))
+    pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)
+    config = fitted(config, pipe)
     prompts = prompts_for(photos, known(config.prompt), config.subject)
-    diffusion.warn_of_long(pipe, [*prompts, *config.sample_prompts])
+    warn_of_long(pipe, [*prompts, *config.sample_prompts])
     adapter = adapt(config, pipe)
     config = replace(config, output=runs.claim(config.output, "dreambooth", config.resume, accelerator))
     output = known(config.output)  # until here nothing was written: bad input leaves no trace
 
     size, guidance = known(config.resolution), known(config.guidance)
-    generate = partial(diffusion.generate, pipe, size=size, steps=known(config.sample_steps), guidance=guidance)
-    sample = Samples(generate, output / "samples", config.sample_prompts, config.sample_count, config.seed)
+    draw = partial(generate, pipe, size=size, steps=known(config.sample_steps), guidance=guidance)
+    sample = Samples(draw, output / "samples", config.sample_prompts, config.sample_count, config.seed)
     with accelerator.main_process_first(), adapter.disabled():  # the others find what the first process makes
         if accelerator.is_main_process and not config.resume:
             runs.save_config(config, output)
-        class_photos = class_images(config, generate) if config.prior else []
+        class_photos = class_images(config, draw) if config.prior else []
         sample(0)
     content = {"photos": runs.digest(photos), "class_photos": runs.digest(class_photos), **runs.bases(adapter)}
     same = runs.identity(config, FREE, **content)
@@ -220,7 +227,7 @@ def run(config: Config) -> Result:
         again = runs.resume_command("dreambooth", output)
         accelerator.print(f"stopped after step {outcome.step} of {plan.steps}; go on with: {again}")
     elif accelerator.is_main_process:
-        write_results(config, sample, adapter, photos)
+        write_results(config, pipe, sample, adapter, photos)
     return Result(output, outcome.step, outcome.stopped)
 
 
@@ -246,6 +253,20 @@ def checked(config: Config) -> Config:
     return replace(config, prompt=prompt, class_prompt=class_prompt, sample_prompts=samples)
 
 
+def fitted(config: Config, pipe: Pipe) -> Config:
+    """The settings with what hangs on the model filled in. Raises `InputError` for what it cannot do."""
+    kind = kind_of(pipe)
+    size, step = config.resolution or kind.native(pipe), pipe.vae_scale_factor * kind.patch(pipe)
+    if size % step:
+        raise InputError(f"resolution must be a multiple of {step} for a {type(pipe).__name__}, not {size}")
+    weights_of(config).process(pipe)
+    return replace(config, resolution=size, guidance=kind.guidance if config.guidance is None else config.guidance)
+
+
+def weights_of(config: Config) -> Weights:
+    return Weights(config.prior, config.min_snr, config.offset_noise, config.levels)
+
+
 def class_images(config: Config, generate: Generate) -> list[Photo]:
     """The class images; those that are missing are generated first."""
     folder, prompt = config.class_folder or known(config.output) / "class", known(config.class_prompt)
@@ -255,18 +276,22 @@ def class_images(config: Config, generate: Generate) -> list[Photo]:
 
 
 def adapt(config: Config, pipe: Pipe) -> vm.Adapter:
-    """LoRA on the UNet and, where that is trained, on the text encoder; the models are in training mode then."""
+    """LoRA on the denoiser and, where they are trained, the text encoders; the models are in training mode then."""
     lora = partial(vm.LoRA, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
-    models: dict[str, torch.nn.Module] = {"unet": pipe.unet}
-    methods = [lora(sites=known(config.sites), where="unet.*")]
-    if config.train_text_encoder:
-        models["text_encoder"] = pipe.text_encoder
-        methods.append(lora(sites=config.text_sites, where="text_encoder.*"))
+    kind, models = kind_of(pipe), adapted(pipe, config.train_text_encoder)
+    methods = [
+        lora(
+            sites=sites_of(model, known(config.sites) if name == kind.denoiser else config.text_sites),
+            where=f"{name}.*",
+            layers=kind.layers.get(name),
+        )
+        for name, model in models.items()
+    ]
     adapter = vm.adapt(models, methods, name="dreambooth", seed=seed_of(config.seed, "adapter"))
     for model in models.values():
         model.train()
     if config.gradient_checkpointing:
-        diffusion.checkpoint_gradients(pipe, text_encoder=config.train_text_encoder)
+        checkpoint_gradients(models)
     return adapter
 
 
@@ -276,27 +301,33 @@ def loss_of(
     """The loss of a micro-batch, over the photos and, with a prior, as many class images."""
     size, crop, flip, cache = known(config.resolution), config.crop, config.flip, config.cache
     pictures = partial(Pictures, pipe, size=size, crop=crop, flip=flip, cache=cache)
-    sets = [pictures("instance", [photo.image for photo in photos], prompts)]
+    named = {"instance": (photos, prompts)}
     if config.prior:
-        same = [known(config.class_prompt)] * len(class_photos)
-        sets.append(pictures("class", [photo.image for photo in class_photos], same))
+        named["class"] = (class_photos, [known(config.class_prompt)] * len(class_photos))
+    sets = [
+        pictures(name, [p.image for p in found], said, sizes=[p.size or p.image.size for p in found])
+        for name, (found, said) in named.items()
+    ]
     encode = Prompts(pipe, cache=cache and not config.train_text_encoder)
-    weights = Weights(config.prior, config.min_snr, config.offset_noise)
-    return denoising(pipe, sets, encode, known(config.batch), weights)
+    return denoising(pipe, sets, encode, known(config.batch), weights_of(config))
 
 
-def write_results(config: Config, sample: Samples, adapter: vm.Adapter, photos: Sequence[Photo]) -> None:
+def write_results(config: Config, pipe: Pipe, sample: Samples, adapter: vm.Adapter, photos: Sequence[Photo]) -> None:
     """The adapter in our format and in diffusers', and what people look at; then says what to do next."""
     output, steps = known(config.output), known(config.steps)
     vm.save(adapter, output / "adapter.safetensors", {"prompt": known(config.prompt), "subject": config.subject})
-    tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))
-    write_tensors(output / peft.FILE, tensors, header)
+    readable, parts = kind_of(pipe).lora_files, list(adapter.models)
+    if readable:
+        tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))
+        write_tensors(output / peft.FILE, tensors, header)
     real = [report.square(photo.image, known(config.resolution)) for photo in photos[: config.sample_count]]
     report.write_sheet(output, real, sample(0), sample(steps), f"after {steps} steps")
     report.loss_plot(output / "metrics.jsonl", output / "loss.png")
-    report.dreambooth_card(output, asdict(config), adapter.num_parameters)
+    report.dreambooth_card(output, asdict(config), adapter.num_parameters, parts, readable)
     print(f"before and after: {output / 'sheet.png'}")
-    print(f"adapter: {output / 'adapter.safetensors'}, and for pipe.load_lora_weights {output / peft.FILE}")
+    other = f"and for pipe.load_lora_weights {output / peft.FILE}"
+    nobody = f"a {type(pipe).__name__} has no load_lora_weights"
+    print(f"adapter: {output / 'adapter.safetensors'}, {other if readable else nobody}")
     photos_of = f'--photos {config.photos or "FOLDER"} --prompt "{PHOTO if config.photos is None else config.prompt}"'
     more = f"{runs.resume_command('dreambooth', output)} --steps {2 * steps}"
     print(f"next: {more if config.model else f'vismodal dreambooth {photos_of} --model OWNER/STABLE-DIFFUSION'}")

@@ -19,7 +19,8 @@ from torch import nn
 from vismodal import cli
 from vismodal.checkpoint import read
 from vismodal.data.emoji import COLOURS, HELD_OUT_MODULUS
-from vismodal.diffusion import pipeline as diffusion
+from vismodal.diffusion.generate import generate
+from vismodal.diffusion.load import load_pipeline
 from vismodal.entries import entry
 from vismodal.errors import InputError
 from vismodal.evaluation import emoji_tasks
@@ -288,13 +289,13 @@ def test_the_file_is_what_draws(config):
     main(replace(config, methods=("lora(rank=2, lr=1e-2)",), tasks=("subject",), steps=3))
     figures = json.loads((config.output / "metrics.json").read_text())["tasks"]["subject"]
     assert figures["lora(rank=2, lr=1e-2)"]["drift"] > 0
-    pipe = diffusion.load_pipeline(config.model)
+    pipe = load_pipeline(config.model)
     emojis = emoji_tasks.read(config.data, "thing l", 4, seed=0)
     questions = emoji_tasks.subject(emojis, "sks", 1, 1, 1, seed=0).questions
     vm.load({"unet": pipe.unet}, config.output / "subject" / "lora-rank-2-lr-1e-2.safetensors", "x")
     seeds = [bench.seed_of(0, "subject", i) for i in range(3)]
     with bench.runs.cpu_threads(1):
-        drawn = diffusion.generate(pipe, [q.prompt for q in questions], seeds, size=16, steps=2, guidance=4.0, batch=16)
+        drawn = generate(pipe, [q.prompt for q in questions], seeds, size=16, steps=2, guidance=4.0, batch=16)
     with Image.open(config.output / "subject" / "lora-rank-2-lr-1e-2-asked.png") as sheet:
         for i, picture in enumerate(drawn):
             assert picture.tobytes() == sheet.crop((16 * i, 0, 16 * i + 16, 16)).tobytes()

@@ -23,8 +23,11 @@ import vismodal as vm
 from vismodal import cli
 from vismodal.callbacks import read_log
 from vismodal.diffusion import losses
-from vismodal.diffusion import pipeline as diffusion
 from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.encode import warn_of_long
+from vismodal.diffusion.generate import fill_folder
+from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.processes import noise_schedule
 from vismodal.diffusion.prompts import has_word, without_word
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.errors import InputError
@@ -142,7 +145,7 @@ def test_training_lowers_the_loss(settings):
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_the_loss_by_hand_row_by_row(model, photos, prediction, batch):
     """Each row alone, with its own prompt: batches in which pictures, prompts or weights are out of step differ."""
-    pipe = diffusion.load_pipeline(model)
+    pipe = load_pipeline(model)
     pipe.scheduler.register_to_config(prediction_type=prediction)
     images = [p.image for p in vm_photos(photos)]
     sets = [
@@ -153,7 +156,7 @@ def test_the_loss_by_hand_row_by_row(model, photos, prediction, batch):
     weights = Weights(prior=0.5, min_snr=5.0)
     given = denoising(pipe, sets, Prompts(pipe, cache=True), batch, weights)(micro)
 
-    alpha_bar = diffusion.noise_schedule(pipe)[1]
+    alpha_bar = noise_schedule(pipe)[1]
     sums = {"instance": 0.0, "class": 0.0}
     plain = {"instance": 0.0, "class": 0.0}
     for pictures in sets:
@@ -246,9 +249,9 @@ def test_own_class_images_are_used_and_only_the_rest_is_made(tmp_path):
         asked.extend(seeds)
         return [Image.new("RGB", (8, 8))] * len(seeds)
 
-    assert diffusion.fill_folder(folder, 5, make, seed=1, batch=2) == 3
+    assert fill_folder(folder, 5, make, seed=1, batch=2) == 3
     assert asked == [seed_of(1, "class image", i) for i in range(3)]
-    assert diffusion.fill_folder(folder, 5, make, seed=1, batch=2) == 0 and len(asked) == 3
+    assert fill_folder(folder, 5, make, seed=1, batch=2) == 0 and len(asked) == 3
 
 
 # -- exact resume ----------------------------------------------------------------------------------------------------
@@ -467,8 +470,8 @@ def test_captions_keep_the_subject_word(photos):
 
 
 def test_long_prompts_are_told(model, capsys):
-    pipe = diffusion.load_pipeline(model)
-    diffusion.warn_of_long(pipe, ["short", "x" * 60])
+    pipe = load_pipeline(model)
+    warn_of_long(pipe, ["short", "x" * 60])
     told = capsys.readouterr().err
     assert told.count("warning") == 1 and "does not see the last 14 tokens" in told
 

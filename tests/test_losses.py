@@ -29,6 +29,26 @@ def test_noising_and_targets_by_hand():
     assert losses.denoising_target("sample", x, noise, bar) is x
 
 
+def test_flow_by_hand_and_as_diffusers_noises():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    x, noise, _ = _case()
+    level = torch.tensor([0.0, 0.25, 1.0])
+    noisy = losses.flow_noise(x, noise, level)
+    torch.testing.assert_close(noisy[0], x[0])
+    torch.testing.assert_close(noisy[1], 0.75 * x[1] + 0.25 * noise[1])
+    assert torch.equal(noisy[2], noise[2])
+    # one Euler step along noise - x gives x back
+    torch.testing.assert_close(noisy - level.view(3, 1, 1, 1) * (noise - x), x)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    steps = torch.tensor([999, 600, 3])
+    at = losses.shift_level((1000 - steps) / 1000, 3.0)
+    theirs = scheduler.scale_noise(x, scheduler.timesteps[steps], noise)
+    torch.testing.assert_close(losses.flow_noise(x, noise, at), theirs)
+    torch.testing.assert_close(losses.shift_level(torch.tensor([0.0, 0.5, 1.0]), 3.0), torch.tensor([0.0, 0.75, 1.0]))
+    assert torch.equal(losses.shift_level(level, 1.0), level)
+
+
 def test_targets_are_those_of_diffusers():
     from diffusers import DDPMScheduler
 

@@ -753,4 +753,5 @@ def test_tables_print() -> None:
 def test_every_case_has_the_core_kinds(case: object) -> None:
     kinds = {s.kind for s in vm.sites(case.model())}  # type: ignore[attr-defined]
     conv = any(name in case.name for name in ("resn", "convnext"))  # type: ignore[attr-defined]
-    assert {"norm", "bias"} | ({"conv"} if conv else {"attn.q", "attn.k", "attn.v", "attn.out", "mlp.down"}) <= kinds
+    norm = set() if case.name.endswith("PixArt") else {"norm"}  # type: ignore[attr-defined]  # its norms have no parameters
+    assert norm | {"bias"} | ({"conv"} if conv else {"attn.q", "attn.k", "attn.v", "attn.out", "mlp.down"}) <= kinds

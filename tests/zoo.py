@@ -174,10 +174,75 @@ SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 64,
 }
+
+
+def _transformer(name: str, build: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]]) -> Case:
+    def run(model: nn.Module) -> Tensor:
+        dtype = dtype_of(model)
+        given = {k: v.to(dtype) if k != "timestep" and v.is_floating_point() else v for k, v in inputs().items()}
+        added = {"resolution": fixed(2, 2).to(dtype), "aspect_ratio": fixed(2, 1).to(dtype)}
+        more = {"added_cond_kwargs": added} if name == "PixArt" else {}
+        return model(**given, **more).sample
+
+    return Case(f"diffusers-{name}", build, run, lambda m: m.enable_gradient_checkpointing())
+
+
+def _sd3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    size = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2, "pos_embed_max_size": 8}
+    heads = {"attention_head_dim": 8, "num_attention_heads": 3, "caption_projection_dim": 24}
+    options = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}  # which 3.5 has and 3 has not
+    return SD3Transformer2DModel(**size, **heads, **options, joint_attention_dim=16, pooled_projection_dim=16)  # type: ignore[arg-type]
+
+
+def _flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    heads = {"attention_head_dim": 8, "num_attention_heads": 3, "axes_dims_rope": (4, 2, 2)}
+    size = {"in_channels": 16, "num_layers": 1, "num_single_layers": 2, "guidance_embeds": True}
+    return FluxTransformer2DModel(**size, **heads, joint_attention_dim=16, pooled_projection_dim=16)  # type: ignore[arg-type]
+
+
+def _pixart() -> nn.Module:
+    from diffusers import PixArtTransformer2DModel
+
+    size = {"sample_size": 8, "num_layers": 2, "attention_head_dim": 12, "num_attention_heads": 2}
+    text = {"cross_attention_dim": 24, "caption_channels": 16, "use_additional_conditions": True}
+    return PixArtTransformer2DModel(**size, **text)  # type: ignore[arg-type]
+
+
+def _maps() -> dict[str, Tensor]:
+    return {
+        "hidden_states": fixed(2, 4, 8, 8),
+        "encoder_hidden_states": fixed(2, 3, 16),
+        "timestep": torch.tensor([1.0, 500.0]),
+    }
+
+
+def _packed() -> dict[str, Tensor]:
+    return {
+        "hidden_states": fixed(2, 16, 16),
+        "encoder_hidden_states": fixed(2, 3, 16),
+        "pooled_projections": fixed(2, 16),
+        "timestep": torch.tensor([0.001, 0.5]),
+        "guidance": torch.ones(2),
+        "img_ids": torch.arange(48).view(16, 3) % 5,
+        "txt_ids": torch.zeros(3, 3),
+    }
+
+
+def _pooled() -> dict[str, Tensor]:
+    return _maps() | {"pooled_projections": fixed(2, 16)}
+
+
 DIFFUSERS = (
     _unet("SD1.5", attention_head_dim=2),
     _unet("SD2", attention_head_dim=(2, 4), use_linear_projection=True),
     _unet("SDXL", **SDXL),
+    _transformer("SD3.5", _sd3, _pooled),
+    _transformer("Flux", _flux, _packed),
+    _transformer("PixArt", _pixart, _maps),
 )
 
 
@@ -215,7 +280,7 @@ def offered(model: nn.Module, kinds: tuple[str, ...]) -> tuple[str, ...]:
 
 LORA_KINDS = ("attn.q", "attn.k", "attn.v", "attn.out", "xattn.q", "xattn.k", "xattn.v", "xattn.out")
 LORA_KINDS += ("mlp.up", "mlp.gate", "mlp.down", "conv", "time", "embed", "embed.tokens", "projection")
-LORA_KINDS += ("proj.in", "proj.out")
+LORA_KINDS += ("proj.in", "proj.out", "attn.add.q", "attn.add.k", "attn.add.v", "attn.add.out", "embed.text")
 FACT_KINDS = tuple(kind for kind in LORA_KINDS if "embed" not in kind)
 
 
@@ -240,14 +305,19 @@ class Trial:
     idle: tuple[str, ...] = ()
 
 
-# by glob on their names: those built of blocks with attention and MLP, and of these, those that know their grid
+# by glob on their names: of diffusers' models the UNets; those that a span goes over each block of; all but them
+UNETS = "diffusers-SD[12X]*"
+SPANNED = (UNETS, "diffusers-PixArt")
+OTHERS = ("timm*", "open_clip*", "transformers*")
+
+# those built of blocks with attention and MLP, and of these, those that know their grid
 TRANSFORMERS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin*", "open_clip*", "transformers*", "diffusers*")
 GRIDS = ("*vit*", "*deit*", "*beit*", "*eva*", "*swin_*", "open_clip-C*", "*-own-*")
 GRIDS += ("*ViT", "*Dinov2*", "*-CLIP", "*SigLIP")
 
 
 # those that take tokens of their own
-TOKENS = ("timm-vit*", "timm-deit*", "timm-swin_*", "open_clip*", "*ViT", "*Dinov2*", "*-CLIP", "*SigLIP", "diffusers*")
+TOKENS = ("timm-vit*", "timm-deit*", "timm-swin_*", "open_clip*", "*ViT", "*Dinov2*", "*-CLIP", "*SigLIP", *SPANNED)
 KEYS = tuple("open_clip-[!o]*" if glob == "open_clip*" else glob for glob in TOKENS)  # not the library's own attention
 SERIES = tuple(glob for glob in TOKENS if "swin" not in glob and "diffusers" not in glob)
 
@@ -282,7 +352,7 @@ def repadapter(model: nn.Module) -> vm.RepAdapter:
 # those whose stream goes through blocks of one width, and those that side-tuning knows the encoding of
 ONE_WIDTH = ("timm-vit*", "timm-deit*", "timm-beit*", "timm-eva*", "open_clip*", "transformers*")
 ENCODERS = (
-    "timm-vit*", "timm-beit*", "timm-eva*", "timm-swin*", "timm-conv*", "timm-res*", "open_clip*", "diffusers*",
+    "timm-vit*", "timm-beit*", "timm-eva*", "timm-swin*", "timm-conv*", "timm-res*", "open_clip*", UNETS,
     "*-ViT", "*-Dinov2*", "*-CLIP", "*-SigLIP",
 )  # fmt: skip
 
@@ -314,7 +384,7 @@ METHODS: dict[str, Trial] = {
     "AdaptFormer": Trial(lambda m: vm.AdaptFormer(sites=("*attn", "mlp"), rank=4), TRANSFORMERS),
     "Houlsby": Trial(lambda m: vm.Houlsby(sites=("*attn", "mlp"), rank=4, std=0.1), TRANSFORMERS),
     "Pfeiffer": Trial(lambda m: vm.Pfeiffer(sites=("*attn", "mlp"), rank=4), TRANSFORMERS),
-    "AdapterPlus": Trial(lambda m: vm.AdapterPlus(rank=4)),
+    "AdapterPlus": Trial(lambda m: vm.AdapterPlus(rank=4), (*OTHERS, *SPANNED)),
     "Convpass": Trial(lambda m: vm.Convpass(rank=4, where=image_tower(m)), GRIDS),
     "RepAdapter": Trial(repadapter, TRANSFORMERS),
     "VPT": Trial(lambda m: vm.VPT(tokens=2, where=image_tower(m)), TOKENS),
@@ -329,19 +399,21 @@ METHODS: dict[str, Trial] = {
     "BOFT": Trial(lambda m: vm.BOFT(sites=offered(m, FACT_KINDS), block_size=4, side="out", rescale=True)),
     "SideTuning": Trial(lambda m: vm.SideTuning(), ENCODERS),
     "Ladder": Trial(lambda m: vm.Ladder(reduction=2, head=4), ONE_WIDTH),
-    "ResTuningBypass": Trial(bypass, (*ONE_WIDTH, "diffusers*")),
-    "DTL": Trial(lambda m: vm.DTL(), (*TRANSFORMERS, "timm-conv*")),
-    "DTL+": Trial(dtl_plus, (*GRIDS, "*swin*", "*-conv*", "diffusers*")),
+    "ResTuningBypass": Trial(bypass, (*ONE_WIDTH, UNETS)),
+    "DTL": Trial(lambda m: vm.DTL(), (*TRANSFORMERS[:-1], UNETS, "timm-conv*")),
+    "DTL+": Trial(dtl_plus, (*GRIDS, "*swin*", "*-conv*", UNETS)),
     "DoRA": Trial(lambda m: vm.DoRA(sites=fitting(m, vm.DoRA), rank=2, alpha=3.0)),
     "PiSSA": Trial(lambda m: vm.PiSSA(sites=offered(m, LORA_KINDS), rank=2, alpha=3.0)),
     "VeRA": Trial(lambda m: vm.VeRA(sites=offered(m, LORA_KINDS), rank=4, d=1.0)),
     "AdaLoRA": Trial(lambda m: vm.AdaLoRA(sites=offered(m, LORA_KINDS), rank=3, target=2)),
     "DyLoRA": Trial(lambda m: vm.DyLoRA(sites=offered(m, LORA_KINDS), rank=3)),
     "IA3": Trial(lambda m: vm.IA3(sites=fitting(m, vm.IA3))),
-    "SSF": Trial(lambda m: vm.SSF(sites=fitting(m, vm.SSF, bias=True)), idle=("*:k.shift", "*k_proj.shift")),
+    "SSF": Trial(
+        lambda m: vm.SSF(sites=fitting(m, vm.SSF, bias=True)), (*OTHERS, UNETS), ("*:k.shift", "*k_proj.shift")
+    ),
     "BitFit": Trial(lambda m: vm.BitFit(), idle=("*k_proj.bias.value",)),
-    "NormTuning": Trial(lambda m: vm.NormTuning()),
-    "CrossAttention": Trial(lambda m: vm.CrossAttention(), ("diffusers*",)),
+    "NormTuning": Trial(lambda m: vm.NormTuning(), (*OTHERS, "diffusers-[!P]*")),
+    "CrossAttention": Trial(lambda m: vm.CrossAttention(), SPANNED),
     "LinearProbe": Trial(lambda m: vm.LinearProbe(), ("timm*", "*-ViT", "*-Dinov2")),
     "SparseMask": Trial(lambda m: vm.SparseMask(sites=offered(m, LORA_KINDS), density=0.05, **SMALLEST)),
 }

@@ -20,7 +20,7 @@ from vismodal.errors import InputError
 from vismodal.methods import METHODS, Method
 
 if TYPE_CHECKING:
-    from vismodal.diffusion.pipeline import Pipe
+    from vismodal.diffusion.kinds import Pipe
 
 WEIGHTS = ("attn.*", "xattn.*", "mlp.*", "conv")  # of a UNet
 

@@ -111,7 +111,7 @@ def _twin(folder: Path) -> Twin:
 
 
 def _stable_diffusion(folder: Path) -> StableDiffusionPipeline:
-    from vismodal.diffusion.pipeline import load_pipeline
+    from vismodal.diffusion.load import load_pipeline
 
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config()  # as diffusers has it: with a bar

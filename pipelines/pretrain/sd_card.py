@@ -16,7 +16,7 @@ from publish import replacing, save_sheet, write_figures
 from torch import Tensor
 
 from vismodal.data.emoji import COLOURS, Emoji, load_emoji, prompt_for, rng
-from vismodal.diffusion.pipeline import generate
+from vismodal.diffusion.generate import generate
 from vismodal.evaluation.judge import dino, ground_of, likeness, true_views
 from vismodal.formats.open_clip import save_tokenizer
 

@@ -32,11 +32,15 @@ _IGNORED = ("thumbs.db", "desktop.ini", "__macosx")
 
 @dataclass(frozen=True)
 class Photo:
-    """One usable photo: its file, the upright RGB picture, and its caption where the folder has one."""
+    """One usable photo: its file, the upright RGB picture, and its caption where the folder has one.
+
+    `size` is the (width, height) that it had before it was shrunk on reading; None where it was not read here.
+    """
 
     path: Path
     image: Image.Image
     caption: str | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def read_photos(folder: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS,
         if _holds_captions(path):
             continue
         try:
-            photos.append(Photo(path, _shrunk(read_picture(path, max_pixels), side), captions.get(path)))
+            picture = read_picture(path, max_pixels)
+            photos.append(Photo(path, _shrunk(picture, side), captions.get(path), picture.size))
         except Unusable as error:
             rejected.append(Rejected(path, one_line(str(error))))
     if not photos:
@@ -107,7 +112,7 @@ def pixels(
         raise ValueError(f'crop is "center" or "random", not {crop!r}')
     if (crop == "random" or flip) and generator is None:
         raise ValueError('crop="random" and flip=True draw from a generator: give generator=torch.Generator()')
-    box = _square(image.width, image.height, size, generator if crop == "random" else None)
+    box = square_box(image.width, image.height, size, generator if crop == "random" else None)
     # Only the square is resized, never the whole picture: a strip of 16 x 100,000 would become gigabytes first.
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     tensor: Tensor = pil_to_tensor(square).float() / 127.5 - 1  # 3 h w
@@ -115,7 +120,9 @@ def pixels(
     return tensor.flip(-1) if mirrored else tensor
 
 
-def _square(width: int, height: int, size: int, generator: torch.Generator | None) -> tuple[float, float, float, float]:
+def square_box(
+    width: int, height: int, size: int, generator: torch.Generator | None
+) -> tuple[float, float, float, float]:
     """The square's box (left, top, right, bottom) in source pixels: the middle, or where `generator` puts it."""
     short, long = min(width, height), max(width, height)
     # Whole steps of *output* pixels: a picture that has the right size already is then cut, not interpolated.

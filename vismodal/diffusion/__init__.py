@@ -1,1 +1,1 @@
-"""Latent diffusion: the `pipeline` of a model, its training (`denoise`) and the `losses`, `prompts` on a subject."""
+"""Latent diffusion: the `kinds` of models, their loading, encoding and generating, and their training (`denoise`)."""

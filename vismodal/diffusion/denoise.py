@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vismodal.data.photos import pixels
+from vismodal.data.photos import pixels, square_box
 from vismodal.diffusion import losses
-from vismodal.diffusion.pipeline import Pipe, draw_latents, encode_images, encode_prompts, noise_schedule
+from vismodal.diffusion.encode import draw_latents, encode_images, encode_prompts
+from vismodal.diffusion.kinds import Frame, Pipe, Texts, kind_of
+from vismodal.diffusion.processes import Density, Process, process_of
 from vismodal.draw import shuffled
 from vismodal.train import Micro
 
 Crop = Literal["center", "random"]
+
+
+class Row(NamedTuple):
+    """One row of a batch: its latent (1, c, h, w), its prompt, and where the square comes from."""
+
+    latent: Tensor
+    prompt: str
+    frame: Frame
 
 
 class Pictures:
@@ -27,6 +37,7 @@ class Pictures:
         prompts: one for each picture.
         size: side of the square in pixels.
         cache: encode once, keeping mean and deviation (for a picture and its mirror image), where `crop` allows it.
+        sizes: (width, height) of each picture as it was found, where it has been resized since.
     """
 
     def __init__(
@@ -40,8 +51,10 @@ class Pictures:
         crop: Crop = "center",
         flip: bool = False,
         cache: bool = True,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         self.pipe, self.name, self.images, self.prompts = pipe, name, images, prompts
+        self.sizes = sizes or [image.size for image in images]
         self.size, self.crop, self.flip = size, crop, flip
         self.cached: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
         if cache and crop == "center":
@@ -49,8 +62,8 @@ class Pictures:
                 for mirrored in (False, True)[: 1 + flip]:
                     self.cached[index, mirrored] = self._encode(pixels(images[index], size), mirrored)
 
-    def draw(self, micro: Micro, place: int) -> tuple[Tensor, str]:
-        """The row at one place of the reading: its latent (1, c, h, w) and its prompt."""
+    def draw(self, micro: Micro, place: int) -> Row:
+        """The row at one place of the reading."""
         index = shuffled(micro.seed, self.name, len(self.images), place)
         mirrored = self.flip and bool(torch.randint(2, (), generator=micro.generator(f"{self.name} flip", place)))
         if (index, mirrored) in self.cached:
@@ -59,7 +72,17 @@ class Pictures:
             cut = micro.generator(f"{self.name} crop", place)
             mean, std = self._encode(pixels(self.images[index], self.size, crop=self.crop, generator=cut), mirrored)
         noise = torch.randn(mean.shape, generator=micro.generator(f"{self.name} latent", place))
-        return draw_latents(self.pipe, mean, std, noise.to(mean)), self.prompts[index]
+        latent = draw_latents(self.pipe, mean, std, noise.to(mean))
+        return Row(latent, self.prompts[index], self._frame(micro, place, index, mirrored))
+
+    def _frame(self, micro: Micro, place: int, index: int, mirrored: bool) -> Frame:
+        """Where the square lies, drawn again by the key that it was cut by."""
+        (width, height), original = self.images[index].size, self.sizes[index]
+        cut = micro.generator(f"{self.name} crop", place) if self.crop == "random" else None
+        left, top, right, bottom = square_box(width, height, self.size, cut)
+        scale = self.size / (bottom - top)
+        corner = round(top * scale), round((width - right if mirrored else left) * scale)
+        return Frame((original[1], original[0]), corner, (self.size, self.size))
 
     def _encode(self, image: Tensor, mirrored: bool) -> tuple[Tensor, Tensor]:
         """One at a time: what a picture becomes does not depend on its neighbours in a batch."""
@@ -67,13 +90,13 @@ class Pictures:
 
 
 class Prompts:
-    """Prompts as the UNet's text arguments: encoded once each where the text encoder is frozen, else every time."""
+    """Prompts as the denoiser's text arguments: encoded once each where the encoders are frozen, else every time."""
 
     def __init__(self, pipe: Pipe, cache: bool) -> None:
         self.pipe, self.cache = pipe, cache
-        self.cached: dict[str, dict[str, Tensor]] = {}
+        self.cached: dict[str, Texts] = {}
 
-    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, prompts: Sequence[str]) -> Texts:
         """One row for each prompt."""
         if not self.cache:
             return encode_prompts(self.pipe, prompts)
@@ -93,11 +116,20 @@ class Weights:
         prior: weight of the second set of pictures, the class (DreamBooth eq. 2).
         min_snr: gamma of Min-SNR; 0 is off.
         offset_noise: strength of offset noise; 0 is off.
+        levels: density of the noise levels of flow matching.
     """
 
     prior: float = 0.0
     min_snr: float = 0.0
     offset_noise: float = 0.0
+    levels: Density = "logit_normal"
+
+    def process(self, pipe: Pipe) -> Process:
+        """The pipeline's process; raises `InputError` where these weights have no meaning under it."""
+        process = process_of(pipe, self.levels)
+        if self.min_snr:
+            process.min_snr(torch.zeros(1, dtype=torch.long), self.min_snr)
+        return process
 
 
 def denoising(
@@ -107,30 +139,26 @@ def denoising(
 
     A row's picture, prompt, noise, level and weight are made together, row by row: they cannot come out of step.
     """
-    kind, alpha_bar = noise_schedule(pipe)
-    device, dtype = pipe.unet.device, pipe.unet.dtype
+    kind, process = kind_of(pipe), weights.process(pipe)
+    device = kind.model(pipe).device
 
     def loss(micro: Micro) -> Mapping[str, Tensor]:
-        rows = [(pictures, place) for pictures in sets for place in micro.positions(batch)]
-        drawn = [pictures.draw(micro, place) for pictures, place in rows]
-        latents = torch.cat([latent for latent, _ in drawn])
-        noise = torch.stack([_noise(micro, p.name, place, latents.shape[1:], weights) for p, place in rows]).to(device)
-        t = torch.tensor([_level(micro, p.name, place, len(alpha_bar)) for p, place in rows])
-        level = alpha_bar[t].to(device)
-        noisy = losses.add_noise(latents, noise, level)
-        predicted = pipe.unet(noisy.to(dtype), t.to(device), **prompts([prompt for _, prompt in drawn])).sample
-        each = losses.per_sample_mse(predicted, losses.denoising_target(kind, latents, noise, level))
+        places = [(pictures, place) for pictures in sets for place in micro.positions(batch)]
+        rows = [pictures.draw(micro, place) for pictures, place in places]
+        x = torch.cat([row.latent for row in rows])
+        noise = torch.stack([_noise(micro, p.name, place, x.shape[1:], weights) for p, place in places]).to(device)
+        generators = [micro.generator(f"{p.name} level", place) for p, place in places]
+        level = torch.stack([process.draw(generator, x.shape) for generator in generators]).to(device)
+        texts, frames = prompts([row.prompt for row in rows]), [row.frame for row in rows]
+        predicted = kind.predict(pipe, process.add_noise(x, noise, level), process.time(level), texts, frames)
+        each = losses.per_sample_mse(predicted, process.target(x, noise, level))
         weight = losses.prior_weight(batch, len(rows) - batch, weights.prior).to(device)
         if weights.min_snr:
-            weight = weight * losses.min_snr_weight(kind, level, weights.min_snr)
+            weight = weight * process.min_snr(level, weights.min_snr)
         means = {p.name: each[i * batch : (i + 1) * batch].mean() for i, p in enumerate(sets)} if len(sets) > 1 else {}
         return {"loss": losses.weighted_sum(each, weight), **means}
 
     return loss
-
-
-def _level(micro: Micro, name: str, place: int, levels: int) -> int:
-    return int(torch.randint(levels, (), generator=micro.generator(f"{name} level", place)))
 
 
 def _noise(micro: Micro, name: str, place: int, shape: Sequence[int], weights: Weights) -> Tensor:

@@ -5,7 +5,8 @@ scheduler's ``alphas_cumprod`` *gathered at each sample's timestep*, of shape (B
 
 Sources: DDPM (Ho et al. 2020, eq. 4 and 14) for the noising and the epsilon loss; Progressive Distillation (Salimans
 and Ho 2022, appendix D) for v; Min-SNR (Hang et al. 2023); DreamBooth (Ruiz et al. 2023, eq. 2) for the prior term;
-offset noise from Guttenberg's "Diffusion with Offset Noise" (2023).
+offset noise from Guttenberg's "Diffusion with Offset Noise" (2023); rectified flow and the shift of its levels from
+Stable Diffusion 3 (Esser et al. 2024, eq. 13 and 23).
 """
 
 from __future__ import annotations
@@ -41,6 +42,16 @@ def _like(per_sample: Tensor, x: Tensor) -> Tensor:
 def add_noise(x: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t = sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise (DDPM eq. 4). x, noise: (B, ...); alpha_bar: (B,)."""
     return _like(alpha_bar.sqrt(), x) * x + _like((1 - alpha_bar).sqrt(), x) * noise
+
+
+def flow_noise(x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """x_s = (1 - s) x + s noise; x, noise: (B, ...); level: s (B,) in [0, 1]. The target is noise - x."""
+    return _like(1 - level, x) * x + _like(level, x) * noise
+
+
+def shift_level(level: Tensor, shift: float) -> Tensor:
+    """s -> shift s / (1 + (shift - 1) s): a larger picture needs more noise to be as unrecognisable. Any shape."""
+    return shift * level / (1 + (shift - 1) * level)
 
 
 def offset_noise(noise: Tensor, offset: Tensor, strength: float) -> Tensor:

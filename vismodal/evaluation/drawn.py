@@ -11,7 +11,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from vismodal.diffusion.pipeline import Pipe, generate, native_size
+from vismodal.diffusion.encode import native_size
+from vismodal.diffusion.generate import generate
+from vismodal.diffusion.kinds import Pipe
 from vismodal.files import write_file
 from vismodal.reports.run import grid, write_image
 

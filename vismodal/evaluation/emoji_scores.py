@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from vismodal.data.emoji import Emoji, rng
-from vismodal.diffusion.pipeline import Pipe, encode_images
+from vismodal.diffusion.encode import encode_images
+from vismodal.diffusion.kinds import Pipe
 from vismodal.evaluation.emoji_tasks import GROUNDS, Emojis, Question, Task
 from vismodal.evaluation.judge import Judge, ground_of, likeness, placed, true_views
 

@@ -43,7 +43,7 @@ class Tune(Method):
     survey: ClassVar[str] = "selective: structured"
     paper: ClassVar[str] = "arXiv 2106.10199"
     mergeable: ClassVar[bool] = True
-    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("norm", "bias"),)
+    elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = (("norm", "bias"), ("bias",))
     quantised: ClassVar[bool] = False
 
     @classmethod

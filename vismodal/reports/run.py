@@ -95,9 +95,12 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return Image.fromarray(pixel.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def dreambooth_card(folder: Path, settings: Mapping[str, Any], parameters: int) -> Path:
-    """README.md of a DreamBooth run's folder: what it is, how to use both files, the sheet, the settings.
+def dreambooth_card(
+    folder: Path, settings: Mapping[str, Any], parameters: int, parts: Sequence[str], readable: bool
+) -> Path:
+    """README.md of a DreamBooth run's folder: what it is, how to use its files, the sheet, the settings.
 
+    `parts` are those of the pipeline that are adapted; `readable` says whether diffusers reads a file of them.
     Written as the Hub's model cards are. The licence is left for the user to state.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -114,14 +117,14 @@ def dreambooth_card(folder: Path, settings: Mapping[str, Any], parameters: int) 
         widget=[{"text": prompt, "output": {"url": "sheet.png"}}],
     )
     lines = [f"| {key} | `{value}` |" for key, value in settings.items() if key not in _PRIVATE and value is not None]
-    body = _CARD.format(
+    body = (_CARD_PLAIN if readable else _CARD).format(
         subject=settings["subject"],
         prompt=prompt,
         steps=settings["steps"],
         parameters=parameters,
         model=hub or name,
         source=f'"{hub or f"path/to/{name}"}"' if model else 'vismodal.paths.asset("tiny-sd")',
-        text=', "text_encoder": pipe.text_encoder' if settings["train_text_encoder"] else "",
+        parts=", ".join(f'"{part}": pipe.{part}' for part in parts),
         settings="\n".join(["| setting | value |", "| --- | --- |", *lines]),
     )
     return write_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
@@ -136,26 +139,33 @@ parameters. Write **{subject}** in a prompt, as in *{prompt}*.
 
 ![before and after](sheet.png)
 
-With diffusers alone:
-
-```python
-from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained({source})
-pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
-image = pipe("{prompt}").images[0]
-```
-
 With vismodal, where it can be scaled, merged, combined and trained further:
 
 ```python
 import vismodal as vm
+from diffusers import DiffusionPipeline
 
-adapter = vm.load({{"unet": pipe.unet{text}}}, "adapter.safetensors")
+pipe = DiffusionPipeline.from_pretrained({source})
+adapter = vm.load({{{parts}}}, "adapter.safetensors")
 adapter.scale = 0.8
+image = pipe("{prompt}").images[0]
 ```
 
 ![loss](loss.png)
 
 {settings}
 """
+_CARD_PLAIN = _CARD.replace(
+    "With vismodal,",
+    """With diffusers alone:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({source})
+pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
+image = pipe("{prompt}").images[0]
+```
+
+With vismodal,""",
+)
