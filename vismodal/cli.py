@@ -31,6 +31,8 @@ COMMANDS = {
     "predict": Command("predict", "say what is in pictures, by an adapter that classify made"),
     "clip": Command("clip", "adapt CLIP to a folder of pictures by class: prompts, adapters, caches, few-shot"),
     "clip pairs": Command("clip_pairs", "fine-tune CLIP on pictures with texts, and see what it forgets"),
+    "convert": Command("convert", "write a LoRA, LyCORIS or embedding file in another tool's format"),
+    "inspect": Command("inspect_files", "say what is in the file of an adapter or of tokens"),
     "bench emoji": Command("bench_emoji", "measure methods on the embedded model: a style and a subject, by emoji"),
 }
 
