@@ -1,23 +1,18 @@
 """Files of diffusers, kohya and LyCORIS: the same picture in every format, and as the packages themselves read them."""
 
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_diffusion import tiny_pipeline
 from tiny_sdxl import tiny_sdxl
 from torch import nn
 
 import vismodal as vm
 from vismodal.errors import InputError
-from vismodal.files import write_tensors
-from vismodal.formats import kohya, names, peft
-from vismodal.formats.bases import base_of, detect, models
-from vismodal.formats.files import contents_of, read_file, read_tensors, write_file
-from vismodal.formats.layers import algorithm, alpha, plain, rank, scaling
+from vismodal.formats.bases import base_of
+from vismodal.formats.files import read_file, read_tensors, write_file
 
 DIFFUSERS = pytest.importorskip("diffusers")
 XL = "sdxl"
@@ -133,7 +128,7 @@ def test_every_format_gives_the_same_picture(folders, tmp_path, kind, case):
         text = any(m.startswith("text") for m in contents.layers)
         if (to == "diffusers" and case in LYCORIS) or (to == "lycoris" and text):
             with pytest.raises(
-                InputError, match="hold plain LoRA only.*--to kohya|one module, here the UNet.*--to kohya"
+                InputError, match=r"hold plain LoRA only.*--to kohya|one module, here the UNet.*--to kohya"
             ):
                 write_file(contents, to, out, base)
             assert not out.exists()

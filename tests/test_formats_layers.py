@@ -175,11 +175,12 @@ def test_layers_become_methods_that_do_the_same(name):
 
 
 def test_per_module_alphas_go_into_one_method():
-    layers = {
-        f"unet.{Q}": {"lora_down.weight": torch.randn(2, 6), "lora_up.weight": torch.randn(8, 2), "alpha": torch.tensor(7.0)},
-        f"unet.{UP}": {"lora_down.weight": torch.randn(2, 6), "lora_up.weight": torch.randn(16, 2), "alpha": torch.tensor(1.0)},
-        f"unet.{CONV}": {"lora_down.weight": torch.randn(3, 6, 3, 3), "lora_up.weight": torch.randn(8, 3, 1, 1), "alpha": torch.tensor(1.0)},
-    }  # fmt: skip
+    def lora(out: int, r: int, kernel: tuple[int, ...], alpha: float) -> dict[str, Tensor]:
+        down, up = torch.randn(r, 6, *kernel), torch.randn(out, r, *[1] * len(kernel))
+        return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+
+    sizes = {Q: (8, 2, (), 7.0), UP: (16, 2, (), 1.0), CONV: (8, 3, (3, 3), 1.0)}
+    layers = {f"unet.{path}": lora(*size) for path, size in sizes.items()}
     model = Tiny()
     ((method, tensors),) = own.methods_for(layers, discover(model, table(model, TABLE), "unet"))
     assert (method.rank, method.alpha, method.ranks) == (2, 1.0, {f"unet.{CONV}": 3})
@@ -249,7 +250,7 @@ def test_what_others_cannot_say_is_an_error():
     fails("one method on a layer", vm.LoRA(sites=("attn.q",)), vm.LoHa(sites=("attn.q",)))
     fails(r"LoKr on the up half of one matrix; adapt sites=\(.mlp.in", vm.LoKr(sites=("mlp.up",), rank=1))
     fails("DoRA on the up half", vm.DoRA(sites=("mlp.up",)))
-    model, adapter = make(vm.LoRA(sites=("attn.q",)))
+    _, adapter = make(vm.LoRA(sites=("attn.q",)))
     adapter.merge()
     with pytest.raises(InputError, match=r"adapter.unmerge\(\) first"):
         layers_of(adapter)
@@ -259,7 +260,7 @@ def test_layers_that_the_base_or_a_method_cannot_take_are_errors():
     model = Tiny()
     sites = discover(model, table(model, TABLE), "unet")
     lora = {"lora_down.weight": torch.randn(2, 6), "lora_up.weight": torch.randn(8, 2)}
-    with pytest.raises(InputError, match="the base model has no unet.up_blocks.0.x"):
+    with pytest.raises(InputError, match=r"the base model has no unet.up_blocks.0.x"):
         own.methods_for({"unet.up_blocks.0.x": lora}, sites)
     with pytest.raises(InputError, match="is 8x6 in the base model and 8x5 in the file"):
         own.methods_for({f"unet.{Q}": {**lora, "lora_down.weight": torch.randn(2, 5)}}, sites)
@@ -283,28 +284,37 @@ def files_layer(r=2) -> dict[str, Tensor]:
 
 def test_kohya_names_by_base():
     """The names that kohya's scripts write, by hand: SD1's are diffusers', SDXL's those of the original UNet."""
+    block, text = "transformer_blocks.0.attn1.to_out.0", "text_model.encoder.layers.3.mlp.fc1"
+    out, te = names.flat(block), names.flat(text)
+    up = "unet_up_blocks_0_resnets_2"
     modules = {
-        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0": (
-            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
-            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0",
+        f"unet.down_blocks.1.attentions.0.{block}": (
+            f"unet_down_blocks_1_attentions_0_{out}",
+            f"unet_input_blocks_4_1_{out}",
         ),
-        "unet.mid_block.attentions.0.proj_in": ("lora_unet_mid_block_attentions_0_proj_in", "lora_unet_middle_block_1_proj_in"),
-        "unet.mid_block.resnets.1.conv1": ("lora_unet_mid_block_resnets_1_conv1", "lora_unet_middle_block_2_in_layers_2"),
-        "unet.down_blocks.0.downsamplers.0.conv": ("lora_unet_down_blocks_0_downsamplers_0_conv", "lora_unet_input_blocks_3_0_op"),
-        "unet.up_blocks.1.upsamplers.0.conv": ("lora_unet_up_blocks_1_upsamplers_0_conv", "lora_unet_output_blocks_5_2_conv"),
-        "unet.up_blocks.0.resnets.2.conv_shortcut": ("lora_unet_up_blocks_0_resnets_2_conv_shortcut", "lora_unet_output_blocks_2_0_skip_connection"),
-        "unet.up_blocks.0.resnets.2.time_emb_proj": ("lora_unet_up_blocks_0_resnets_2_time_emb_proj", "lora_unet_output_blocks_2_0_emb_layers_1"),
-        "unet.up_blocks.2.resnets.1.conv2": ("lora_unet_up_blocks_2_resnets_1_conv2", "lora_unet_output_blocks_7_0_out_layers_3"),
-        "unet.conv_in": ("lora_unet_conv_in", "lora_unet_input_blocks_0_0"),
-        "unet.conv_out": ("lora_unet_conv_out", "lora_unet_out_2"),
-        "unet.time_embedding.linear_2": ("lora_unet_time_embedding_linear_2", "lora_unet_time_embed_2"),
-        "text_encoder.text_model.encoder.layers.3.mlp.fc1": ("lora_te_text_model_encoder_layers_3_mlp_fc1", "lora_te1_text_model_encoder_layers_3_mlp_fc1"),
-    }  # fmt: skip
+        "unet.mid_block.attentions.0.proj_in": ("unet_mid_block_attentions_0_proj_in", "unet_middle_block_1_proj_in"),
+        "unet.mid_block.resnets.1.conv1": ("unet_mid_block_resnets_1_conv1", "unet_middle_block_2_in_layers_2"),
+        "unet.down_blocks.0.downsamplers.0.conv": (
+            "unet_down_blocks_0_downsamplers_0_conv",
+            "unet_input_blocks_3_0_op",
+        ),
+        "unet.up_blocks.1.upsamplers.0.conv": ("unet_up_blocks_1_upsamplers_0_conv", "unet_output_blocks_5_2_conv"),
+        "unet.up_blocks.0.resnets.2.conv_shortcut": (
+            f"{up}_conv_shortcut",
+            "unet_output_blocks_2_0_skip_connection",
+        ),
+        "unet.up_blocks.0.resnets.2.time_emb_proj": (f"{up}_time_emb_proj", "unet_output_blocks_2_0_emb_layers_1"),
+        "unet.up_blocks.2.resnets.1.conv2": ("unet_up_blocks_2_resnets_1_conv2", "unet_output_blocks_7_0_out_layers_3"),
+        "unet.conv_in": ("unet_conv_in", "unet_input_blocks_0_0"),
+        "unet.conv_out": ("unet_conv_out", "unet_out_2"),
+        "unet.time_embedding.linear_2": ("unet_time_embedding_linear_2", "unet_time_embed_2"),
+        f"text_encoder.{text}": (f"te_{te}", f"te1_{te}"),
+    }
     layers = {module: files_layer() for module in modules}
     for i, kind in enumerate(("sd1", "sdxl")):
         tensors, header = kohya.write(layers, {}, kind)
         stems = [key.partition(".")[0] for key in tensors if key.endswith(".alpha")]
-        assert stems == [both[i] for both in modules.values()]
+        assert stems == [f"lora_{both[i]}" for both in modules.values()]
         back, _ = kohya.read(tensors)
         assert back.keys() == layers.keys()
         assert detect({}, header) == kind
@@ -474,13 +484,13 @@ def test_bundles_hold_an_adapter_and_tokens(tmp_path):
         t: {e: r.tolist() for e, r in rows.items()} for t, rows in found.items()
     }
     for to in ("diffusers", "lycoris", "vismodal"):
-        with pytest.raises(InputError, match="keeps no tokens.*--only adapter, and again --only tokens"):
+        with pytest.raises(InputError, match=r"keeps no tokens.*--only adapter, and again --only tokens"):
             write_file(back, to, tmp_path / "y.safetensors", base_of("sdxl"))
-    with pytest.raises(InputError, match="not known here: bundle_emb.dog.other"):
+    with pytest.raises(InputError, match=r"not known here: bundle_emb.dog.other"):
         tokens.unbundle({"bundle_emb.dog.other": torch.ones(1, 2)})
 
 
-# -- bases, headers, inspection ------------------------------------------------------------------------------------------
+# -- bases, headers, inspection ---------------------------------------------------------------------------------------
 
 
 def test_the_base_is_told_by_the_file():
@@ -541,9 +551,9 @@ def test_inspect_tells_and_doubts(tmp_path):
     assert "warning: 1 of 3" in str(found)
     bare = {"unet.conv_in.lora_A.weight": torch.ones(2, 6), "unet.conv_in.lora_B.weight": torch.ones(8, 2)}
     assert "no alpha" in inspect(write_tensors(tmp_path / "y.safetensors", bare)).warnings[0]
-    model, adapter = make(vm.LoRA(sites=("attn.q", "mlp.up"), rank=2))
+    _, adapter = make(vm.LoRA(sites=("attn.q", "mlp.up"), rank=2))
     ours = dict(inspect(vm.save(adapter, tmp_path / "z.safetensors", {"prompt": "a photo of sks dog"})).facts)
     assert ours["format"] == "vismodal" and ours["method"] == "LoRA(sites=['attn.q', 'mlp.up'], rank=2)"
     assert ours["sites"] == "attn.q (1), mlp.up (1)" and ours["trigger words"] == "a photo of sks dog"
-    with pytest.raises(InputError, match="this is no adapter file .* its keys are conv.weight"):
+    with pytest.raises(InputError, match=r"this is no adapter file .* its keys are conv.weight"):
         inspect(write_tensors(tmp_path / "w.safetensors", {"conv.weight": torch.ones(2)}))

@@ -8,7 +8,7 @@ from tiny_diffusion import tiny_tokenizer
 
 def tiny_sdxl(folder: Path):
     """Saves a pipeline to `folder` and returns it."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from diffusers.utils import logging
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -43,7 +43,7 @@ def tiny_sdxl(folder: Path):
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         config = CLIPTextConfig(vocab_size=size, max_position_embeddings=48, projection_dim=16, **shape, **special)
         texts = CLIPTextModel(config), CLIPTextModelWithProjection(config)
-    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear")
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, set_alpha_to_one=False)
     pipe = StableDiffusionXLPipeline(vae, *texts, tokenizer, tokenizer, unet, scheduler)
     pipe.save_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

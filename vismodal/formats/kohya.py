@@ -136,7 +136,10 @@ def write_lycoris(layers: Layers) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def even(layers: Layers) -> Layers:
-    """Every layer with its alpha, and where those of LoRA differ, with the most common one."""
+    """Every layer with its alpha, and where those of LoRA differ, with the most common one.
+
+    Raises `InputError` for rotations in blocks that are too large for those who read them.
+    """
     lora = {m: layer for m, layer in layers.items() if algorithm(m, layer) == "lora"}
     others = {m: layer for m, layer in layers.items() if m not in lora}
     common = Counter(alpha(layer) for layer in lora.values()).most_common(1)
@@ -145,6 +148,12 @@ def even(layers: Layers) -> Layers:
         if algorithm(m, layer) in ("loha", "lokr"):  # LyCORIS takes none that is missing
             layer = {**layer, "alpha": torch.tensor(alpha(layer) or 1.0)}
         elif algorithm(m, layer) == "oft":
+            n, b, _ = layer["oft_blocks"].shape
+            if b > n:
+                raise InputError(
+                    f"LyCORIS and web UIs read rotations by blocks of at most as many rows as there are blocks; "
+                    f"{m} has {n} blocks of {b}; a block_size of {int((n * b) ** 0.5)} or below can be written"
+                )
             layer = {**layer, "alpha": layer.get("alpha", torch.tensor(0.0))}
         result[m] = layer
     return {m: result[m] for m in layers}

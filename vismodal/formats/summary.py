@@ -35,7 +35,8 @@ class Summary:
 
     def __str__(self) -> str:
         shown = table(["", ""], [[name, one_line(text)] for name, text in self.facts])
-        return "\n".join([shown.lstrip("\n"), *(f"warning: {one_line(w)}" for w in self.warnings)])
+        rows = [line for line in shown.splitlines() if set(line) != {"─"}]  # the heading is empty
+        return "\n".join([*rows, *(f"warning: {one_line(w)}" for w in self.warnings)])
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
