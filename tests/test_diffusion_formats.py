@@ -1,5 +1,6 @@
 """Files of diffusers, kohya and LyCORIS: the same picture in every format, and as the packages themselves read them."""
 
+import copy
 import json
 
 import numpy as np
@@ -11,29 +12,27 @@ from torch import nn
 
 import vismodal as vm
 from vismodal.errors import InputError
-from vismodal.formats.bases import base_of
+from vismodal.formats import names
+from vismodal.formats.bases import base_of, models
 from vismodal.formats.files import read_file, read_tensors, write_file
 
-DIFFUSERS = pytest.importorskip("diffusers")
+pytest.importorskip("diffusers")
 XL = "sdxl"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Folders with tiny pipelines: SD1's and SDXL's."""
-    made = {"sd1": tmp_path_factory.mktemp("sd1"), XL: tmp_path_factory.mktemp("sdxl")}
-    tiny_pipeline(made["sd1"])
-    tiny_sdxl(made[XL])
-    return made
+def made(tmp_path_factory):
+    """Tiny pipelines, SD1's and SDXL's, with the folders that they are saved in."""
+    folders = {"sd1": tmp_path_factory.mktemp("sd1"), XL: tmp_path_factory.mktemp("sdxl")}
+    pipes = {"sd1": tiny_pipeline(folders["sd1"]), XL: tiny_sdxl(folders[XL])}
+    for pipe in pipes.values():
+        for part in parts(pipe).values():
+            part.eval()
+    return {kind: (folders[kind], pipe) for kind, pipe in pipes.items()}
 
 
-def load(folders, kind):
-    if kind == XL:
-        pipe = DIFFUSERS.StableDiffusionXLPipeline.from_pretrained(folders[kind], add_watermarker=False)
-    else:
-        pipe = DIFFUSERS.StableDiffusionPipeline.from_pretrained(folders[kind], safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def load(made, kind):
+    return copy.deepcopy(made[kind][1])
 
 
 def picture(pipe) -> np.ndarray:
@@ -105,11 +104,11 @@ def adapted(pipe, methods):
     return adapter, live
 
 
-def through_ours(folders, kind, file, tmp_path):
+def through_ours(made, kind, file, tmp_path):
     """The picture of a fresh pipeline with a file converted to ours."""
-    base = base_of(folders[kind])
+    base = base_of(made[kind][0])
     ours = write_file(read_file(file, base), "vismodal", tmp_path / "back.safetensors", base)
-    pipe = load(folders, kind)
+    pipe = load(made, kind)
     prefixes = json.loads(read_tensors(ours)[1]["base"])
     vm.load({c: getattr(pipe, c) for c in prefixes}, ours)
     return picture(pipe)
@@ -117,10 +116,10 @@ def through_ours(folders, kind, file, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd1", XL])
 @pytest.mark.parametrize("case", ALL)
-def test_every_format_gives_the_same_picture(folders, tmp_path, kind, case):
+def test_every_format_gives_the_same_picture(made, tmp_path, kind, case):
     """From a file of ours to each format and back, and through diffusers' own loader where that reads the method."""
-    base = base_of(folders[kind])
-    adapter, live = adapted(load(folders, kind), ALL[case])
+    base = base_of(made[kind][0])
+    adapter, live = adapted(load(made, kind), ALL[case])
     saved = vm.save(adapter, tmp_path / "saved.safetensors")
     contents = read_file(saved, base)
     for to in ("diffusers", "kohya", "lycoris"):
@@ -135,8 +134,33 @@ def test_every_format_gives_the_same_picture(folders, tmp_path, kind, case):
             continue
         write_file(contents, to, out, base)
         assert read_file(out, base).layers.keys() == contents.layers.keys()
-        np.testing.assert_allclose(through_ours(folders, kind, out, tmp_path), live, atol=1e-4)
+        np.testing.assert_allclose(through_ours(made, kind, out, tmp_path), live, atol=1e-4)
         if to == "diffusers" or (to == "kohya" and case in CASES and "DoRA" not in case):
-            plain_pipe = load(folders, kind)
+            plain_pipe = load(made, kind)
             plain_pipe.load_lora_weights(str(tmp_path), weight_name=out.name)
             np.testing.assert_allclose(picture(plain_pipe), live, atol=2e-5)
+
+
+# of the published checkpoints
+SIZES = {
+    "sd1": {"unet": 859_520_964, "text_encoder": 123_060_480},
+    "sd2": {"unet": 865_910_724, "text_encoder": 340_387_840},
+    XL: {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_module_of_the_real_models_has_a_name_of_its_own(kind):
+    """kohya's names come back as the modules that they were made of, and kinds are those of the models' sites."""
+    found = models(base_of(kind), SIZES[kind])
+    for component, model in found.items():
+        assert sum(p.numel() for p in model.parameters()) == SIZES[kind][component]
+        paths = [path for path, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        assert [names.dotted(names.flat(path)) for path in paths] == paths
+        if kind == XL and component == "unet":
+            originals = [names.to_original(path, 2) for path in paths]
+            assert len(set(originals)) == len(paths)
+            assert [names.from_original(names.dotted(names.flat(o)), 2) for o in originals] == paths
+        sites = [s for s in vm.sites(model) if s.slot == "weight" and s.range is None and s.kind != "embed.tokens"]
+        assert {names.kind_of(s.path) for s in sites} == {s.kind for s in sites}
+        assert all(names.kind_of(s.path) == s.kind for s in sites)
