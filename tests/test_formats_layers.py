@@ -11,10 +11,11 @@ from vismodal.discover import discover
 from vismodal.errors import InputError
 from vismodal.families import table
 from vismodal.files import write_tensors
-from vismodal.formats import kohya, names, own, peft, tokens
+from vismodal.formats import kohya, names, peft, tokens
 from vismodal.formats.bases import base_of, detect
 from vismodal.formats.files import Contents, layers_of, read_file, read_tensors, write_file
 from vismodal.formats.layers import algorithm, alpha, plain, rank, scaling, with_alpha
+from vismodal.formats.methods import methods_for
 from vismodal.formats.summary import inspect
 
 Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -160,7 +161,7 @@ def test_layers_become_methods_that_do_the_same(name):
     fresh = make(vm.LoRA(sites=("attn.q",)))[0]
     vm.attached({"unet": fresh})["default"].detach()
     sites = discover(fresh, table(fresh, TABLE), "unet")
-    made = own.methods_for(layers, sites)
+    made = methods_for(layers, sites)
     back = vm.adapt({"unet": fresh}, [method for method, _ in made], sites=TABLE)
     back.load_state_dict(
         {
@@ -182,7 +183,7 @@ def test_per_module_alphas_go_into_one_method():
     sizes = {Q: (8, 2, (), 7.0), UP: (16, 2, (), 1.0), CONV: (8, 3, (3, 3), 1.0)}
     layers = {f"unet.{path}": lora(*size) for path, size in sizes.items()}
     model = Tiny()
-    ((method, tensors),) = own.methods_for(layers, discover(model, table(model, TABLE), "unet"))
+    ((method, tensors),) = methods_for(layers, discover(model, table(model, TABLE), "unet"))
     assert (method.rank, method.alpha, method.ranks) == (2, 1.0, {f"unet.{CONV}": 3})
     torch.testing.assert_close(tensors[f"unet.{Q}"]["B"], 7 * layers[f"unet.{Q}"]["lora_up.weight"])
     even = kohya.even(layers)
@@ -231,7 +232,7 @@ def test_a_bounded_oft_is_bounded_here_too():
     X = torch.randn(2, 4, 4)
     model = Tiny()
     layers = {f"unet.{Q}": {"oft_blocks": X, "alpha": torch.tensor(0.05)}}
-    ((_, tensors),) = own.methods_for(layers, discover(model, table(model, TABLE), "unet"))
+    ((_, tensors),) = methods_for(layers, discover(model, table(model, TABLE), "unet"))
     assert X.sub(X.mT).norm() > 0.4
     entries = tensors[f"unet.{Q}"]["Q"]
     torch.testing.assert_close((2 * entries.square().sum()).sqrt(), torch.tensor(0.4))
@@ -261,14 +262,14 @@ def test_layers_that_the_base_or_a_method_cannot_take_are_errors():
     sites = discover(model, table(model, TABLE), "unet")
     lora = {"lora_down.weight": torch.randn(2, 6), "lora_up.weight": torch.randn(8, 2)}
     with pytest.raises(InputError, match=r"the base model has no unet.up_blocks.0.x"):
-        own.methods_for({"unet.up_blocks.0.x": lora}, sites)
+        methods_for({"unet.up_blocks.0.x": lora}, sites)
     with pytest.raises(InputError, match="is 8x6 in the base model and 8x5 in the file"):
-        own.methods_for({f"unet.{Q}": {**lora, "lora_down.weight": torch.randn(2, 5)}}, sites)
+        methods_for({f"unet.{Q}": {**lora, "lora_down.weight": torch.randn(2, 5)}}, sites)
     loha = {f"hada_w{i}_{x}": torch.randn(*shape) for i in (1, 2) for x, shape in (("a", (8, 2)), ("b", (2, 6)))}
     with pytest.raises(InputError, match="LoHa with DoRA's magnitudes, which is no method of vismodal"):
-        own.methods_for({f"unet.{Q}": {**loha, "dora_scale": torch.ones(8, 1)}}, sites)
+        methods_for({f"unet.{Q}": {**loha, "dora_scale": torch.ones(8, 1)}}, sites)
     with pytest.raises(InputError, match="magnitudes for columns"):
-        own.methods_for({f"unet.{Q}": {**lora, "dora_scale": torch.ones(1, 6)}}, sites)
+        methods_for({f"unet.{Q}": {**lora, "dora_scale": torch.ones(1, 6)}}, sites)
     with pytest.raises(InputError, match=r"lora_down.weight, hada_w1_a, which is no whole layer"):
         algorithm("m", {"lora_down.weight": torch.ones(1, 1), "hada_w1_a": torch.ones(1, 1)})
     with pytest.raises(InputError, match="BOFT"):
@@ -510,10 +511,11 @@ def test_the_base_is_told_by_the_file():
 
 
 def test_the_header_goes_along(tmp_path):
-    header = {"modelspec.trigger_phrase": "sks dog", "ss_steps": "400", "ss_network_dim": "99", "format": "pt"}
+    header = {"modelspec.trigger_phrase": "sks dog", "ss_steps": "400", "ss_network_dim": "99", "sshs_model_hash": "00"}
     source = Contents("kohya", {"unet.conv_in": files_layer()}, header=header)
     kept = read_tensors(write_file(source, "kohya", tmp_path / "a.safetensors", base_of("sd1")))[1]
     assert kept["modelspec.trigger_phrase"] == "sks dog" and kept["ss_steps"] == "400"
+    assert "sshs_model_hash" not in kept
     assert (kept["ss_network_dim"], kept["ss_network_alpha"], kept["ss_network_module"]) == (
         "2",
         "1.0",

@@ -22,7 +22,7 @@ from vismodal.errors import InputError
 from vismodal.families import table
 from vismodal.files import write_tensors
 from vismodal.fingerprint import BANK
-from vismodal.formats import kohya, own, peft, tokens
+from vismodal.formats import kohya, methods, own, peft, tokens
 from vismodal.formats.bases import Base, detect, models
 from vismodal.formats.layers import COMPONENTS, Layers, some
 from vismodal.formats.tokens import Tokens
@@ -30,8 +30,17 @@ from vismodal.formats.tokens import Tokens
 FORMATS = ("diffusers", "kohya", "lycoris", "vismodal")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # entries of a header that tell of one format, and are written anew
-_OF_FORMAT = ("format", "vismodal", "methods", "base", peft.METADATA, "ss_network_module", "ss_network_dim")
+_OF_FORMAT: tuple[str, ...] = (
+    "format",
+    "vismodal",
+    "methods",
+    "base",
+    peft.METADATA,
+    "ss_network_module",
+    "ss_network_dim",
+)
 _OF_FORMAT += ("ss_network_alpha", "ss_network_args", "ss_base_model_version", "modelspec.architecture")
+_OF_FORMAT += ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of the old file's tensors
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ def _named(found: Tokens, token: str | None) -> Tokens:
 def _read_own(tensors: dict[str, Tensor], header: dict[str, str], base: Base | None) -> Contents:
     if header["vismodal"] != FORMAT:
         raise InputError(f"it has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    methods = [from_json(config) for config in json.loads(header["methods"]).values()]
+    attached = [from_json(config) for config in json.loads(header["methods"]).values()]
     prefixes = list(json.loads(header["base"]))
     components = ["unet"] if prefixes == [""] else prefixes
     if unknown := [p for p in components if p not in COMPONENTS]:
@@ -116,7 +125,7 @@ def _read_own(tensors: dict[str, Tensor], header: dict[str, str], base: Base | N
         raise InputError("a file of vismodal needs its base model; write --base sd1, sd2, sdxl or its folder")
     values = any(key.endswith(".value") for key in tensors)  # of Tune, of which others hold the difference
     found = models(base, components, weights=values)
-    adapter = adapt({"": found["unet"]} if prefixes == [""] else found, methods, "convert", seed=0)
+    adapter = adapt({"": found["unet"]} if prefixes == [""] else found, attached, "convert", seed=0)
     fill(adapter, tensors)
     return Contents("vismodal", layers_of(adapter), header=header)
 
@@ -230,7 +239,7 @@ def _write_own(layers: Layers, base: Base) -> tuple[dict[str, Tensor], dict[str,
     values = any("diff" in layer or "w_norm" in layer for layer in layers.values())
     found = models(base, [c for c in COMPONENTS if c in components], weights=values)
     sites = [s for prefix, m in found.items() for s in discover(m, table(m), prefix)]
-    chosen = own.methods_for(layers, sites)
+    chosen = methods.methods_for(layers, sites)
     adapter = adapt(found, [method for method, _ in chosen], "convert", seed=0)
     tensors: dict[str, Tensor] = {}
     for slot, (_, by_site) in zip(adapter.methods, chosen, strict=True):

@@ -26,6 +26,7 @@ from vismodal.formats.layers import COMPONENTS, Layer, Layers, algorithm, alpha,
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+KNOWN = (*COMPONENTS, "transformer")
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
@@ -40,13 +41,13 @@ def write(layers: Layers) -> tuple[dict[str, Tensor], dict[str, str]]:
     flat = {module: plain(layer) for module, layer in layers.items()}
     for module, layer in flat.items():
         component, _, path = module.partition(".")
-        stem = f"{component}.{path if component == 'unet' else text_path(path)}"
+        stem = f"{component}.{text_path(path) if component.startswith('text') else path}"
         A, B = layer["lora_down.weight"], layer["lora_up.weight"]
         named[f"{stem}.lora_A.weight"] = A
         named[f"{stem}.lora_B.weight"] = B.reshape(*B.shape[:2], *[1] * (A.ndim - 2))
         if "dora_scale" in layer:
             m = layer["dora_scale"].flatten()
-            name = "lora_magnitude_vector" if component == "unet" else "lora_magnitude_vector.weight"
+            name = f"lora_magnitude_vector{'.weight' if component.startswith('text') else ''}"
             named[f"{stem}.{name}"] = m if A.ndim == 2 else m.view(1, -1, *[1] * (A.ndim - 2))
     return {name: tensor.contiguous() for name, tensor in named.items()}, _header(flat)
 
@@ -55,13 +56,13 @@ def _check(layers: Layers) -> None:
     kohya = "write --to kohya, for web UIs and ComfyUI"
     for module, layer in layers.items():
         component = module.partition(".")[0]
-        if component not in COMPONENTS:
-            raise InputError(f"diffusers' LoRA files know {', '.join(COMPONENTS)}; the adapter has {component!r}")
+        if component not in KNOWN:
+            raise InputError(f"diffusers' LoRA files know {', '.join(KNOWN)}; the adapter has {component!r}")
         if algorithm(module, layer) != "lora":
             raise InputError(
                 f"diffusers' LoRA files hold plain LoRA only; {module} is {method_of(module, layer)}; {kohya}"
             )
-    for component in COMPONENTS:
+    for component in KNOWN:
         mine = {m: layer for m, layer in layers.items() if m.startswith(f"{component}.")}
         without = [m for m, layer in mine.items() if "dora_scale" not in layer]
         if without and len(without) < len(mine):
@@ -161,7 +162,7 @@ def knows(key: str) -> bool:
 def _stem(key: str) -> str | None:
     """Component and path, however the file begins its keys."""
     key = key.removeprefix("base_model.model.")
-    if key.startswith(tuple(f"{c}." for c in COMPONENTS)):
+    if key.startswith(tuple(f"{c}." for c in KNOWN)):
         return key
     return next((f"{component}.{key}" for head, component in _ALONE.items() if key.startswith(head)), None)
 
@@ -181,7 +182,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Layers:
         offset = len(key) - len(stem)
         component, _, path = stem[: end.start() - offset].partition(".")
         path = _processor(path, component) if "_lora." in end[0] else path
-        module = f"{component}.{path if component == 'unet' else text_path(path)}"
+        module = f"{component}.{text_path(path) if component.startswith('text') else path}"
         layers.setdefault(module, {})[_ENDS[list(_ENDS)[int(str(end.lastgroup)[1:])]]] = tensor
     if unknown:
         raise InputError(f"keys that are not known here: {some(unknown)}")

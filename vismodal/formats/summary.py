@@ -20,7 +20,7 @@ from vismodal.table import table
 LONGEST = 120  # characters of a header's entry that are shown
 
 # tensors of which one that is all zero makes the whole change nothing
-_FACTORS = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "oft_blocks", "diff", "w_norm")
+_FACTORS: tuple[str, ...] = ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "oft_blocks", "diff", "w_norm")
 _FACTORS += ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _FACTORS += ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _BESIDE = ("dora_scale", "rescale", "diff_b", "b_norm")  # which act without them
