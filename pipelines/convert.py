@@ -60,6 +60,8 @@ def main(config: Config) -> Path:
         raise InputError(f"{out} is there already; write another --out, or --force to replace it")
     base = base_of(config.base) if config.base else None
     read = [read_file(path.expanduser(), base, config.token) for path in config.files]
+    for note in (note for contents in read for note in contents.notes):
+        print(f"note: {note}", file=sys.stderr)
     path = write_file(only(together(read), config.only), config.to, out, base)
     print(f"{path}\n{inspect(path)}")
     return path

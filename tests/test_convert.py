@@ -52,6 +52,15 @@ def test_convert_and_back(lora, tmp_path, capsys):
     assert all(torch.equal(t, tensors[k]) for k, t in read_tensors(made)[0].items())
 
 
+def test_a_file_without_alpha_is_said_to_be_taken_at_strength_one(tmp_path, capsys):
+    bare = write_tensors(
+        tmp_path / "bare.safetensors",
+        {f"{TO_K}.lora_A.weight": torch.ones(4, 2048), f"{TO_K}.lora_B.weight": torch.ones(640, 4)},
+    )
+    assert cli.main(["convert", str(bare), "--to", "kohya", "--out", str(tmp_path / "x.safetensors")]) == 0
+    assert "note: the header says no alpha" in capsys.readouterr().err
+
+
 def test_tokens_and_bundles(lora, tmp_path, capsys):
     token = write_tensors(tmp_path / "sks.safetensors", {"clip_l": torch.randn(2, 768), "clip_g": torch.randn(2, 1280)})
     both = tmp_path / "both.safetensors"

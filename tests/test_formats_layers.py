@@ -344,7 +344,7 @@ def test_unknown_keys_are_named():
         names.dotted("conv_in_foo_bar")
 
 
-def test_old_diffusers_keys_are_read():
+def test_old_diffusers_keys_are_read(tmp_path):
     """Attention processors, `lora.down` and a text encoder's `to_q_lora`, as older versions wrote them."""
     stem = "down_blocks.0.attentions.0.transformer_blocks.0"
     text = "text_model.encoder.layers.0"
@@ -364,7 +364,13 @@ def test_old_diffusers_keys_are_read():
     alone = {"encoder.layers.0.mlp.fc1.lora_A.weight": down, "encoder.layers.0.mlp.fc1.lora_B.weight": up}
     assert list(peft.read(alone, {})) == [f"text_encoder.{text}.mlp.fc1"]
     prefixed = {f"base_model.model.{stem}.attn1.to_q.lora_{x}.weight": t for x, t in (("A", down), ("B", up))}
-    assert list(peft.read(prefixed, {})) == [f"unet.{stem}.attn1.to_q"]
+    config = {peft.METADATA: json.dumps({"r": 2, "lora_alpha": 6})}
+    assert {m: scaling(layer) for m, layer in peft.read(prefixed, config).items()} == {f"unet.{stem}.attn1.to_q": 3}
+    file = write_tensors(tmp_path / "adapter_model.safetensors", prefixed)
+    with pytest.raises(InputError, match=r"adapter_config.json, which must lie beside"):
+        read_file(file)
+    (tmp_path / "adapter_config.json").write_text(config[peft.METADATA])
+    assert [scaling(layer) for layer in read_file(file).layers.values()] == [3]
 
 
 def test_alphas_come_from_pefts_config():
@@ -494,7 +500,7 @@ def test_bundles_hold_an_adapter_and_tokens(tmp_path):
 # -- bases, headers, inspection ---------------------------------------------------------------------------------------
 
 
-def test_the_base_is_told_by_the_file():
+def test_the_base_is_told_by_the_file(tmp_path):
     def width(n: int) -> dict:
         return {
             "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": {"lora_down.weight": torch.ones(1, n)}
@@ -504,6 +510,9 @@ def test_the_base_is_told_by_the_file():
     assert detect({"text_encoder_2.text_projection": {}}, {}) == "sdxl"
     assert detect({}, {"ss_base_model_version": "sdxl_base_v1-0"}) == "sdxl"
     assert detect({}, {"modelspec.architecture": "stable-diffusion-v1/lora"}) == "sd1"
+    one_text = {f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{n}": t for n, t in files_layer().items()}
+    assert read_file(write_tensors(tmp_path / "te1.safetensors", one_text)).kind == "sdxl"
+    assert base_of("tiny-sd").kind == "sd1" and (base_of("tiny-sd").folder / "unet").is_dir()
     with pytest.raises(InputError, match="does not tell what it is for; write --base sd1, sd2, sdxl"):
         write_file(Contents("kohya", {"unet.conv_in": files_layer()}), "kohya", "x.safetensors")
     with pytest.raises(InputError, match="no base model nowhere; write sd1, sd2, sdxl, tiny-sd, or a folder"):

@@ -19,13 +19,13 @@ def tiny_sdxl(folder: Path):
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(8, 16, 16),
+            block_out_channels=(8, 16),
             layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 1, 2),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
             cross_attention_dim=32,
-            attention_head_dim=(2, 2, 4),
+            attention_head_dim=(2, 4),
             norm_num_groups=4,
             use_linear_projection=True,
             addition_embed_type="text_time",

@@ -23,7 +23,7 @@ from vismodal.families import table
 from vismodal.files import write_tensors
 from vismodal.fingerprint import BANK
 from vismodal.formats import kohya, methods, own, peft, tokens
-from vismodal.formats.bases import Base, detect, models
+from vismodal.formats.bases import Base, Kind, detect, models
 from vismodal.formats.layers import COMPONENTS, Layers, some
 from vismodal.formats.tokens import Tokens
 
@@ -52,6 +52,7 @@ class Contents:
     tokens: Tokens = field(default_factory=dict)
     header: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kind: Kind | None = None  # of the base, where the file's keys tell it
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -85,6 +86,9 @@ def read_file(path: str | Path, base: Base | None = None, token: str | None = No
         found, header = tokens.read_pickle(path)
         return Contents("textual inversion", tokens=_named(found, token), header=header)
     tensors, header = read_tensors(path)
+    beside = path.with_name("adapter_config.json")
+    if any(key.startswith(peft.WRAPPED) for key in tensors) and beside.is_file():
+        header = {**header, peft.METADATA: beside.read_text(encoding="utf-8")}
     try:
         return _read(tensors, header, base, token or path.stem)
     except InputError as error:
@@ -97,7 +101,7 @@ def _read(tensors: dict[str, Tensor], header: dict[str, str], base: Base | None,
     if any(map(kohya.knows, tensors)):
         layers, found = kohya.read(tensors, base.n if base else 2)
         style = "lycoris" if any(key.startswith("lycoris_") for key in tensors) else "kohya"
-        return Contents(style, layers, found, header)
+        return Contents(style, layers, found, header, kind="sdxl" if kohya.is_xl(tensors) else None)
     if any(map(peft.knows, tensors)):
         layers = peft.read(tensors, header)
         bare = peft.METADATA not in header and not any("alpha" in layer for layer in layers.values())
@@ -216,7 +220,7 @@ def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, 
 
 
 def _base(contents: Contents) -> Base:
-    kind = detect(contents.layers, contents.header)
+    kind = contents.kind or detect(contents.layers, contents.header)
     if kind is None:
         raise InputError("the file does not tell what it is for; write --base sd1, sd2, sdxl or the model's folder")
     return Base(kind)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -48,6 +48,12 @@ _ARCHITECTURES = {
 def knows(key: str) -> bool:
     """Whether a key is one of this format."""
     return key.startswith((*PREFIXES, tokens.BUNDLE))
+
+
+def is_xl(keys: Iterable[str]) -> bool:
+    """Whether the keys are SDXL's: of two text encoders, or of the original UNet."""
+    blocks = ("input_blocks_", "middle_block_", "output_blocks_")
+    return any(key.startswith(("lora_te1_", "lora_te2_", *(f"lora_unet_{b}" for b in blocks))) for key in keys)
 
 
 def read(tensors: Mapping[str, Tensor], n: int = 2) -> tuple[Layers, Tokens]:

@@ -27,6 +27,7 @@ from vismodal.formats.layers import COMPONENTS, Layer, Layers, algorithm, alpha,
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 KNOWN = (*COMPONENTS, "transformer")
+WRAPPED = "base_model.model."  # before the paths in files of peft itself
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ def knows(key: str) -> bool:
 
 def _stem(key: str) -> str | None:
     """Component and path, however the file begins its keys."""
-    key = key.removeprefix("base_model.model.")
+    key = key.removeprefix(WRAPPED)
     if key.startswith(tuple(f"{c}." for c in KNOWN)):
         return key
     return next((f"{component}.{key}" for head, component in _ALONE.items() if key.startswith(head)), None)
@@ -186,6 +187,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Layers:
         layers.setdefault(module, {})[_ENDS[list(_ENDS)[int(str(end.lastgroup)[1:])]]] = tensor
     if unknown:
         raise InputError(f"keys that are not known here: {some(unknown)}")
+    if METADATA not in header and any(key.startswith(WRAPPED) for key in tensors):
+        raise InputError("peft's own files have their alpha in adapter_config.json, which must lie beside this one")
     settings = _settings(header, layers)
     for module, layer in layers.items():
         algorithm(module, layer)
