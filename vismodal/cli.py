@@ -35,6 +35,8 @@ COMMANDS = {
     "resize": Command("resize", "fewer ranks in an adapter, with the error of it"),
     "extract": Command("extract", "a LoRA out of a model that was tuned in full"),
     "bake": Command("bake", "adapters in the weights of their model, as a folder that its own library loads"),
+    "convert": Command("convert", "write a LoRA, LyCORIS or embedding file in another tool's format"),
+    "inspect": Command("inspect_files", "say what is in the file of an adapter or of tokens"),
     "bench emoji": Command("bench_emoji", "measure methods on the embedded model: a style and a subject, by emoji"),
 }
 
