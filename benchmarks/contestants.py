@@ -32,7 +32,7 @@ class Contestant:
 
 
 # where the search begins: whole matrices, then vectors and prompts; all others at 3e-3
-WHOLE = (FULL, "Tune", "CrossAttention")
+WHOLE = (FULL, "Tune", "CrossAttention", "SideTuning")
 VECTORS = ("IA3", "SSF", "BitFit", "NormTuning", "VeRA", "VPT", "VPT-shallow", "Prefix", "LinearProbe", "CoOp")
 VECTORS += ("CLIPAdapter",)
 
@@ -104,7 +104,10 @@ COMMON: Mapping[str, Mapping[str, Any]] = {
         "sites": ("attn.q", "attn.k", "attn.v"), "rank": 2, "alpha": 1.0, "rank_stabilised": True, "dropout": 0.25,
     },
 }  # fmt: skip
-VIT: Mapping[str, Mapping[str, Any]] = {"UniPELT": {"width": 12}}  # the paper's sixteenth of the model's width
+VIT: Mapping[str, Mapping[str, Any]] = {
+    "UniPELT": {"width": 12},  # the paper's sixteenth of the model's width
+    "SideTuning": {"side": "copy"},
+}
 CLIP: Mapping[str, Mapping[str, Any]] = {
     **{label: {"where": IMAGES} for label in ("Convpass", "VPT", "VPT-shallow", "Prefix", "SideTuning", "Ladder")},
     **{label: {"where": IMAGES} for label in ("ResTuningBypass", "DTL+", "NOAH")},
