@@ -277,8 +277,11 @@ def main(c: Config) -> Rows:
     check(c)
     rows = Rows(c.out.with_suffix(".jsonl"))
     if not c.page:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        train(c, rows)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes too
+        try:
+            train(c, rows)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if c.rounds and not any(True for _ in ready(c, rows)):
             torch.set_num_threads(c.threads)
             for row in times(c, rows):

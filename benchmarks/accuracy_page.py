@@ -122,7 +122,7 @@ def listed(missing: Sequence[tuple[str, str, int]]) -> str:
 LEGEND = """\
 Columns: *mean* is over the sets, its ± over the seeds; *parameters* are those that are trained, without the head;
 *kept* is what autograd keeps of one forward for the backward, without the parameters; *step* is the median processor
-time of a training step, interleaved with the others'; PPT in per cent."""
+time of a training step from pixels on one thread, interleaved with the others'; PPT in per cent."""
 
 
 def write_page(out: Path, contents: Sequence[Found], note: str) -> None:

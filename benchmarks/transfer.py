@@ -227,16 +227,17 @@ def groups(adapter: vm.Adapter | Plain, lr: float, head: float) -> list[dict[str
 
 
 class Trained:
-    """A contestant on a copy of the model, with the loss that it learns by."""
+    """A contestant on a copy of the model, with the loss that it learns by. Linear probes share one copy, on which
+    they take turns, unless `alone`."""
 
-    def __init__(self, job: Job, method: Method | None = None) -> None:
+    def __init__(self, job: Job, method: Method | None = None, alone: bool = False) -> None:
         self.job, self.recipe = job, job.recipe
         self.given = entrants(job.model)[job.label]
         if method is not None:
             self.given = Contestant(self.given.kind, self.given.lr, method)
         self.views = views(job.model, job.data, job.set, job.recipe)
-        probe = self.given.kind == "probe"
-        self.run: Run = prefix(job.model, job.data) if probe else copy.deepcopy(base(job.model, job.data)[0])
+        shared = self.given.kind == "probe" and not alone
+        self.run: Run = prefix(job.model, job.data) if shared else copy.deepcopy(base(job.model, job.data)[0])
         self.model = model_of(self.run)
         classes = len(folder(job.data, job.set).classes)
         fresh_head(self.model, classes, seed_of(job.seed, "head"))
@@ -323,8 +324,8 @@ def searched(job: Job) -> Method | None:
 
 
 def stepping(job: Job) -> Callable[[], None]:
-    """What makes one training step, on a copy of its own."""
-    trained = Trained(job)
+    """What makes one training step, on a copy of its own and from pixels."""
+    trained = Trained(job, alone=True)
     loss, optimizer = trained.loss(trained.model), trained.optimizer()
     trained.model.train()
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pictures import tiny_vit
+from PIL import Image
 
 import vismodal as vm
 from vismodal.classification.vision import Source
 
 ROOT = Path(__file__).parents[1]
-LABELS = ("full fine-tuning", "linear probe", "peft LoRA", "LoRA", "Convpass", "SSF", "Pfeiffer")
+LABELS = ("full fine-tuning", "linear probe", "peft LoRA", "LoRA", "Convpass", "Pfeiffer", "SSF")
 
 
 @pytest.fixture(scope="module")
