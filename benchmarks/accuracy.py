@@ -321,6 +321,9 @@ def check(c: Config) -> None:
     known = {label.lower(): label for model in c.models for label in entrants(model)}
     if wrong := [label for label in c.labels if label.lower() not in known]:
         raise vm.InputError(f"no contestant {wrong[0]!r}; there are {', '.join(known.values())}")
+    needed = [c.data / "transfer" / name for name in c.sets] if not c.page else []
+    if missing := [path for path in needed if not path.is_dir()]:
+        raise vm.InputError(f"{missing[0]} is missing: write --data FOLDER with transfer/ and weights/")
 
 
 def shown(row: Row) -> str:

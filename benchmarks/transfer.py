@@ -137,10 +137,7 @@ def prefix(model: Model, data: Path) -> vm.FrozenPrefix:
 
 @cache
 def folder(data: Path, name: str) -> Folder:
-    root = data / "transfer" / name
-    if not root.is_dir():
-        raise vm.InputError(f"{root} is missing: write --data FOLDER with transfer/{name}")
-    return read_folder(root)
+    return read_folder(data / "transfer" / name)
 
 
 @cache
