@@ -13,7 +13,8 @@ order (random crops, no mirroring: a mirrored 3 is none), for the same number of
 warmed up over a tenth of the updates and falling as a cosine, gradients clipped to norm 1, in bf16 autocast. The head
 learns at one rate in all of them; the rate of everything else (of the head, in the linear probe) is searched for each
 contestant and set by one rule, on the validation part alone, with one seed: short trainings at neighbouring rates 1e-5,
-3e-5, ..., 3e-1, upwards from a first guess while the validation loss falls, or else downwards. The test part is looked
+3e-5, ..., 3e-1, upwards from a first guess while the validation loss falls, or else downwards; of all that were tried
+the one with the highest validation accuracy counts, of equal ones the one with the lowest loss. The test part is looked
 at once, by the last epoch of a whole training. Which two methods are "the best two" the validation part decides, after
 one seed of all candidates. The linear probe trains on kept features, which changes nothing but its time.
 
@@ -88,13 +89,15 @@ class Config:
     recipes: Mapping[Model, Recipe] = field(default_factory=dict)
     out: Path = FILE
 
-    def recipe(self, model: Model) -> Recipe:
-        return QUICK if self.quick else self.recipes.get(model, RECIPES[model])
 
-    def chosen(self, model: Model) -> list[str]:
-        """Labels in the order in which they run."""
-        lower = {label.lower() for label in self.labels}
-        return [label for label in entrants(model) if not lower or label.lower() in lower]
+def recipe(c: Config, model: Model) -> Recipe:
+    return QUICK if c.quick else c.recipes.get(model, RECIPES[model])
+
+
+def chosen(c: Config, model: Model) -> list[str]:
+    """Labels in the order in which they run."""
+    lower = {label.lower() for label in c.labels}
+    return [label for label in entrants(model) if not lower or label.lower() in lower]
 
 
 # -- what is to be done ----------------------------------------------------------------------------------------------
@@ -140,23 +143,25 @@ class _Unknown(Exception):
 
 def search(job: Job, rows: Rows) -> tuple[float, bool]:
     """The rate that is to be tried next, and False; or the best one, and True."""
+    accuracy = {}
 
     def loss(lr: float) -> float:
         row = rows.get(replace(job, lr=lr).key())
         if row is None:
             raise _Unknown(lr)
+        accuracy[lr] = row["val"]
         return math.inf if row["val_loss"] is None else row["val_loss"]
 
     try:
         tried = climb(job.lr, loss)
     except _Unknown as unknown:
         return unknown.args[0], False
-    return min(tried, key=tried.__getitem__), True
+    return max(tried, key=lambda lr: (accuracy[lr], -tried[lr])), True
 
 
 def labels(c: Config, model: Model, seed: int, rows: Rows) -> list[str]:
     """Who runs with a seed: all with the first one; then those that must, and the best of the candidates."""
-    everybody, first = c.chosen(model), SEEDS[model][0]
+    everybody, first = chosen(c, model), SEEDS[model][0]
     if seed == first:
         return everybody
     best = finalists(c, model, rows) or []
@@ -166,7 +171,7 @@ def labels(c: Config, model: Model, seed: int, rows: Rows) -> list[str]:
 def finalists(c: Config, model: Model, rows: Rows) -> list[str] | None:
     """The candidates that were best on the validation parts with the first seed; None before all of them have run."""
     scores: dict[str, tuple[float, float]] = {}
-    for label in c.chosen(model):
+    for label in chosen(c, model):
         if label in CORE:
             continue
         found = [rows.get(whole(c, model, label, name, SEEDS[model][0]).key()) for name in c.sets]
@@ -179,7 +184,7 @@ def finalists(c: Config, model: Model, rows: Rows) -> list[str] | None:
 
 
 def whole(c: Config, model: Model, label: str, name: str, seed: int, lr: float = 0.0) -> Job:
-    return Job(model, label, name, lr, seed, False, c.data, c.recipe(model))
+    return Job(model, label, name, lr, seed, False, c.data, recipe(c, model))
 
 
 def cells(c: Config, rows: Rows) -> Iterator[Job]:
@@ -256,7 +261,7 @@ def ended(c: Config, rows: Rows) -> Iterator[Row]:
 def times(c: Config, rows: Rows) -> Iterator[Row]:
     """Seconds of a training step by the wall clock and of the processor, interleaved; on the first of the sets."""
     for model in c.models:
-        found = {label: whole(c, model, label, c.sets[0], SEEDS[model][0]) for label in c.chosen(model)}
+        found = {label: whole(c, model, label, c.sets[0], SEEDS[model][0]) for label in chosen(c, model)}
         found = {label: job for label, job in found.items() if rows.get(job.key())}
         if all(rows.get(timed(job)) for job in found.values()):
             continue
@@ -310,9 +315,9 @@ def contents(c: Config, rows: Rows) -> list[dict[str, Any]]:
         jobs = [job for job in cells(c, rows) if job.model == model]
         each = {(job.label, job.set, job.seed): rows.rows.get(name_of(job.key())) for job in jobs}
         first = SEEDS[model][0]
-        clock = {label: rows.get(timed(whole(c, model, label, "", first))) for label in c.chosen(model)}
-        about = {"model": model, "recipe": c.recipe(model), "sets": c.sets, "seeds": SEEDS[model]}
-        about |= {"labels": c.chosen(model), "core": CORE, "best": finalists(c, model, rows)}
+        clock = {label: rows.get(timed(whole(c, model, label, "", first))) for label in chosen(c, model)}
+        about = {"model": model, "recipe": recipe(c, model), "sets": c.sets, "seeds": SEEDS[model]}
+        about |= {"labels": chosen(c, model), "core": CORE, "best": finalists(c, model, rows)}
         found.append({**about, "rows": each, "times": {k: v for k, v in clock.items() if v}})
     return found
 

@@ -72,7 +72,7 @@ def test_all_is_trained_once_and_the_page_tells(bench: Any, data: Path, tmp_path
     for job in whole:
         pilots = {j.lr: rows.get(j.key()) for j in trainings if j.pilot and (j.label, j.set) == (job.label, job.set)}
         assert len(pilots) >= 3 and all("test" not in row for row in pilots.values())
-        assert job.lr == min(pilots, key=lambda lr: pilots[lr]["val_loss"])
+        assert job.lr == max(pilots, key=lambda lr: (pilots[lr]["val"], -pilots[lr]["val_loss"]))
     row = rows.get(next(j for j in whole if j.label == "LoRA").key())
     assert row["parameters"] == 2 * 8 * (32 + 96) and row["kept"] > 0 and 0 <= row["test"] <= 1
     assert row["parameters"] == rows.get(next(j for j in whole if j.label == "peft LoRA").key())["parameters"]
@@ -176,6 +176,22 @@ def test_everybody_sees_the_same_pictures_in_the_same_order(bench: Any, data: Pa
     assert not torch.equal(one, other)
     assert sorted(x.sum().item() for x in one) == pytest.approx(sorted(x.sum().item() for x in other))
     assert not torch.equal(one[:12].sum(0), one[12:].sum(0))  # another crop in the second epoch
+
+
+def test_the_command_line_is_read(bench: Any) -> None:
+    given = [
+        "--models",
+        "[vit-s]",
+        "--labels",
+        "[LoRA, linear probe]",
+        "--minutes",
+        "5",
+        "--recipes.vit-s.bf16",
+        "false",
+    ]
+    c = bench.auto_cli(bench.Config, as_positional=False, args=given)
+    assert (c.models, c.minutes, bench.chosen(c, "vit-s")) == (("vit-s",), 5, ["linear probe", "LoRA"])
+    assert not bench.recipe(c, "vit-s").bf16 and bench.recipe(c, "vit-s").epochs == 10
 
 
 def test_scores_by_hand(bench: Any) -> None:
