@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from measure import Effort, Row, Time, compare, exact, kept_bytes, median, seconds, show
-from peers import CLIP, VIT_S, Case, factors, fill, give, ours, theirs
+from peers import CLIP, VIT_B, VIT_S, Case, factors, fill, give, ours, theirs
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -19,9 +20,9 @@ Models = Mapping[str, nn.Module]
 
 
 def training(effort: Effort) -> Iterator[Row]:
-    """ViT-S/16 (called layers) and open_clip's image tower (`nn.MultiheadAttention`), in fp32 and bf16 autocast."""
+    """ViT-S/16, ViT-B/16 (called layers), open_clip's image tower (`nn.MultiheadAttention`), fp32 and bf16 autocast."""
     x = torch.randn(effort.batch, 3, 224, 224)
-    for case in (VIT_S, CLIP):
+    for case in (VIT_S, VIT_B, CLIP):
         base = case.build()
         models = {name: copy.deepcopy(base) for name in case.sites}
         adapters = {name: vm.adapt(models[name], ours(*sites)) for name, sites in case.sites.items()}
@@ -30,10 +31,16 @@ def training(effort: Effort) -> Iterator[Row]:
         last = list(case.sites)[-1]
         models["peft"] = inject_adapter_in_model(theirs(*case.targets), copy.deepcopy(base))
         give(adapters[last], models["peft"])
-        yield right(f"{case.name}, {last}", base, adapters[last], models[last], models["peft"], x)
+        yield replace(
+            right(f"{case.name}, {last}", base, adapters[last], models[last], models["peft"], x), group=case.group
+        )
+        lean = {name: copy.deepcopy(base) for name in case.lean}
+        for name, method in case.lean.items():
+            fill(vm.adapt(lean[name], method))
         for dtype in (torch.float32, torch.bfloat16):
-            yield from steps(effort, case, models, x, dtype)
-            yield from forwards(effort, case, {**models, "base": base.requires_grad_(False)}, x, dtype)
+            rows = [*steps(effort, case, {**models, **lean}, x, dtype)]
+            rows += forwards(effort, case, {**models, "base": base.requires_grad_(False)}, x, dtype)
+            yield from (replace(row, group=case.group) for row in rows)
 
 
 @torch.no_grad()
@@ -56,10 +63,11 @@ def steps(effort: Effort, case: Case, models: Models, x: Tensor, dtype: torch.dt
     calls = {name: stepper(model.train(), x, dtype) for name, model in models.items()}
     samples = effort.interleave({name: partial(seconds, call) for name, call in calls.items()})
     saved = {name: saved_bytes(model, x, dtype) for name, model in models.items()}
-    for name in case.sites:
+    for name in (*case.sites, *case.lean):
         setting = f"{case.name}, {name}, {short(dtype)}"
-        yield compare("training step", setting, "s", samples[name], samples["peft"])
-        yield exact("saved for backward", setting, "bytes", saved[name], saved["peft"])
+        note = f"beside peft's LoRA, {list(case.sites)[-1]}" if name in case.lean else ""
+        yield compare("training step", setting, "s", samples[name], samples["peft"], note)
+        yield exact("saved for backward", setting, "bytes", saved[name], saved["peft"], note)
 
 
 def stepper(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], None]:

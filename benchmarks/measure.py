@@ -108,6 +108,7 @@ class Row:
         cpu: the ratio of processor times.
         rounds: how many.
         note: what else a reader must know.
+        group: heading of the table in which it stands; the first table has none.
     """
 
     task: str
@@ -120,6 +121,7 @@ class Row:
     cpu: float | None = None
     rounds: int = 1
     note: str = ""
+    group: str = ""
 
 
 def compare(task: str, setting: str, unit: str, ours: Sequence[Time], peer: Sequence[Time], note: str = "") -> Row:
@@ -180,7 +182,11 @@ def report(title: str, rows: Sequence[Row], about: Mapping[str, str], note: str,
     """The table as Markdown, under what it depends on."""
     machine = ", ".join(f"{k} {v}" for k, v in about.items())
     head = ["what", "on", "vismodal", peer, "ratio (quartiles)", "ratio of CPU time", "note"]
-    return f"# {title}\n\n{note}\n\nMeasured with {machine}.\n\n{markdown(head, [cells(r) for r in rows])}\n"
+    text = f"# {title}\n\n{note}\n\nMeasured with {machine}.\n"
+    for group in sorted({row.group for row in rows}):
+        heading = f"\n## {group}\n" if group else ""
+        text += f"{heading}\n{markdown(head, [cells(r) for r in rows if r.group == group])}\n"
+    return text
 
 
 def write(text: str, rows: Sequence[Row], about: Mapping[str, str], path: Path) -> None:

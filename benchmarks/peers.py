@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import open_clip
@@ -15,18 +15,35 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import vismodal as vm
+from vismodal.methods import Method
 
 RANK = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A model, our sites by the name that the table shows (the last are the same as peft's), and peft's targets."""
+    """A model on which both packages put their LoRA.
+
+    Args:
+        name: as the table shows it.
+        build: makes it, with random weights.
+        sites: ours, by the name that the table shows; the last are the same as peft's.
+        targets: peft's.
+        lean: methods of ours that save memory, compared with peft's LoRA.
+        shadowed: whether the sites are read by their owner instead of called; these stand in a table of their own.
+    """
 
     name: str
     build: Callable[[], Any]
     sites: Mapping[str, tuple[str, ...]]
     targets: tuple[str, ...]
+    lean: Mapping[str, Method] = field(default_factory=dict)
+    shadowed: bool = False
+
+    @property
+    def group(self) -> str:
+        """The table in which its rows stand."""
+        return SHADOWED if self.shadowed else ""
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -52,14 +69,23 @@ def sdxl() -> UNet2DConditionModel:
         )
 
 
+SHADOWED = "Sites that their owner reads itself (`nn.MultiheadAttention`)"
+
+
+def lean(*sites: str) -> dict[str, Method]:
+    return {"LoRA-FA": vm.LoRA(rank=RANK, sites=sites, freeze_down=True), "DTL": vm.DTL(), "DTL+": vm.DTL(kernel=3)}
+
+
 QKV = {"q, v": ("attn.q", "attn.v"), "whole qkv": ("attn.qkv",)}
-VIT_S = Case("ViT-S/16", lambda: timm.create_model("vit_small_patch16_224"), QKV, ("qkv",))
-VIT_B = Case("ViT-B/16", lambda: timm.create_model("vit_base_patch16_224"), QKV, ("qkv",))
+VIT_S = Case("ViT-S/16", lambda: timm.create_model("vit_small_patch16_224"), QKV, ("qkv",), lean("attn.qkv"))
+VIT_B = Case("ViT-B/16", lambda: timm.create_model("vit_base_patch16_224"), QKV, ("qkv",), lean("attn.qkv"))
 CLIP = Case(
     "open_clip ViT-B/32 image tower",
     lambda: open_clip.create_model("ViT-B-32").visual,
     {"qkv, out": ("attn.qkv", "attn.out")},
     ("attn",),
+    lean("attn.qkv", "attn.out"),
+    shadowed=True,
 )
 SDXL = Case("SDXL UNet, meta", sdxl, {"attention": ("attn.*", "xattn.*")}, ("to_q", "to_k", "to_v", "to_out.0"))
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +27,13 @@ from jsonargparse import auto_cli
 from kept import files, merging, switching
 from live import overhead, training
 from measure import Effort, Row, Time, compare, facts, fastest, report, seconds, show, write
-from peers import SDXL, VIT_B, Case, count, ours, theirs
+from peers import CLIP, SDXL, VIT_B, VIT_S, Case, count, ours, theirs
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import vismodal as vm
 
-PARAMETERS = {VIT_B: 294_912, SDXL: 11_612_160}
+PARAMETERS = {VIT_S: 147_456, VIT_B: 294_912, CLIP: 442_368, SDXL: 11_612_160}
 SDXL_SITES = 560
 QUICK = Effort(rounds=2, least=2, seconds=2, batch=1)  # shows that all runs; figures that mean something need more
 
@@ -63,12 +63,13 @@ Way = Callable[[Any], Any]
 
 
 def injection(effort: Effort) -> Iterator[Row]:
-    """LoRA r=8 into ViT-B/16, and into every attention projection of SDXL's UNet."""
-    inject = {
-        "peft get_peft_model": lambda m: get_peft_model(m, theirs(*VIT_B.targets)),
-        "peft inject_adapter_in_model": lambda m: inject_adapter_in_model(theirs(*VIT_B.targets), m),
-    }
-    yield from injected(effort, VIT_B, inject, times=3)
+    """LoRA r=8 into ViT-S/16, ViT-B/16, open_clip's ViT-B/32, and every attention projection of SDXL's UNet."""
+    for case in (VIT_S, VIT_B, CLIP):
+        inject = {
+            "peft get_peft_model": lambda m, case=case: get_peft_model(m, theirs(*case.targets)),
+            "peft inject_adapter_in_model": lambda m, case=case: inject_adapter_in_model(theirs(*case.targets), m),
+        }
+        yield from injected(effort, case, inject, times=3)
     inject = {
         "peft add_adapter": lambda m: m.add_adapter(theirs(*SDXL.targets)) or m,
         "peft inject_adapter_in_model": lambda m: inject_adapter_in_model(theirs(*SDXL.targets), m),
@@ -94,7 +95,8 @@ def injected(effort: Effort, case: Case, peer: Mapping[str, Way], times: int) ->
     best = fastest(samples, "peft")
     for name in mine:
         note = f"{PARAMETERS[case]:,} parameters; {best}"
-        yield compare("injection", f"{case.name}, {name}", "s", samples[name], samples[best], note)
+        row = compare("injection", f"{case.name}, {name}", "s", samples[name], samples[best], note)
+        yield replace(row, group=case.group)
 
 
 def inject(base: nn.Module, way: Way, parameters: int) -> Time:
