@@ -327,7 +327,7 @@ def test_tune_chooses_by_validation_data_alone(settings, monkeypatch):
     bench = SimpleNamespace(accelerator=SimpleNamespace(print=print))
     outcomes = classify.compete(replace(settings, tune=4, repeats=2), bench, contestant("lora"))
     assert len(set(tried)) == 5 and [o.seed for o in outcomes] == [0, 1]
-    assert {(o.lr, o.scale) for o in outcomes} == {tried[2][:2]} and tried[0] == (1e-3, 1.0, 0)
+    assert {(o.lr, o.scale) for o in outcomes} == {tried[2][:2]} and tried[0] == (3e-3, 1.0, 0)
 
 
 def test_trials_scale_what_has_a_scale():
@@ -597,7 +597,7 @@ def test_methods_as_they_are_written():
     assert read.make() == vm.LoRA(rank=4, layers=slice(-4, None), rank_stabilised=True) and read.own == {"lr": 1.0}
     assert written("repadapter(bias=FALSE)").make() == RepAdapter(bias=False)
     assert [each.label for each in contestants(("lora, ssf", "bitfit"))] == ["lora", "ssf", "bitfit"]
-    assert contestant("lora + bitfit").lr == 1e-3 and contestant("lora(lr=2e-3) + bitfit").lr == 2e-3
+    assert contestant("lora + bitfit").lr == 3e-3 and contestant("lora(lr=2e-3) + bitfit").lr == 2e-3
     assert [each.lr for each in contestants(("lora(lr=2e-3); vpt",), 7e-4)] == [2e-3, 7e-4]  # what is written wins
     assert contestant("lora(rank=2, lr=1e-3)").slug == "lora-rank-2-lr-1e-3"
     told_apart = ("lora(layers=slice(-1, None))", "lora(layers=slice(1, None))", "lora(where='a*')", "lora(where='a?')")
