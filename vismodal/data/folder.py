@@ -207,7 +207,7 @@ def _classes(root: Path, folder: Path, notes: list[str]) -> dict[str, Path]:
 
 def _beside(folder: Path) -> dict[str, Any]:
     path = folder / BESIDE
-    return json.loads(path.read_text()) if path.is_file() else {}  # type: ignore[no-any-return]
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _items(root: Path, by_class: dict[str, Path], classes: Sequence[str], notes: list[str]) -> tuple[Item, ...]:

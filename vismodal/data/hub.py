@@ -212,8 +212,8 @@ def _write(root: Path, splits: Mapping[str, Dataset], image: str, label: str, pl
     folders = {name: f"{i}_{_STRANGE.sub('_', name)[:40]}" for i, name in enumerate(order)}
     for split in parts:
         inside = place / split if len(parts) > 1 else place
-        for name in dict.fromkeys(filter(None, names[split])):
-            (inside / folders[name]).mkdir(parents=True)
+        for known in dict.fromkeys(filter(None, names[split])):
+            (inside / folders[known]).mkdir(parents=True)
         rows = tqdm(
             _pictures_of(root, split, splits[split], image), split, len(names[split]), leave=False, disable=None
         )
@@ -250,7 +250,7 @@ def _file(content: bytes) -> tuple[bytes, str]:
     if known:
         return content, known
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture: Image.Image = Image.open(io.BytesIO(content))
         if picture.mode in _COLOURS:
             picture = picture.convert("RGB")
         written = io.BytesIO()
