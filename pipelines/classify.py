@@ -34,6 +34,7 @@ from vismodal.classification.contestants import Contestant, attach, contestants,
 from vismodal.classification.learning import BEST, Objective, Run, Validation
 from vismodal.classification.vision import EMBEDDED, Source, fresh_head, hub_id, load_vision
 from vismodal.data.folder import few
+from vismodal.data.hub import as_folder
 from vismodal.data.views import Augment, Views
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
@@ -50,7 +51,10 @@ class Config:
     """Adapt a vision model to the pictures in a folder; compare methods on it.
 
     Args:
-        data: folder DIR/CLASS/*.jpg, or DIR/{train,val,test}/CLASS/*.jpg. Without it, scikit-learn's digits.
+        data: folder DIR/CLASS/*.jpg, or DIR/{train,val,test}/CLASS/*.jpg; or OWNER/NAME on the Hub, or a folder that
+            the package datasets reads (pip install "vismodal[datasets]"). Without it, scikit-learn's digits.
+        image_column: of a data set of that package, where the types of its columns do not tell.
+        label_column: likewise.
         model: tiny-vit (embedded), a name of timm (timm.list_models() has them), a folder of timm or transformers,
             hf-hub:OWNER/NAME of timm or OWNER/NAME of transformers on the Hub.
         weights: a checkpoint file for a timm model, instead of its pretrained one.
@@ -92,6 +96,8 @@ class Config:
     """
 
     data: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     model: str = EMBEDDED
     weights: str | None = None
     image_size: int | None = None
@@ -128,8 +134,8 @@ class Config:
 
 # What may differ where a finished run's result is taken over: it decides nothing, or its content is compared instead.
 FREE = {
-    "data", "model", "weights", "method", "compare", "output", "resume", "learning_rate", "tune", "repeats", "seed",
-    "threads", "track",
+    "data", "image_column", "label_column", "model", "weights", "method", "compare", "output", "resume",
+    "learning_rate", "tune", "repeats", "seed", "threads", "track",
 }  # fmt: skip
 
 
@@ -165,7 +171,9 @@ def run(config: Config) -> Path:
     """`main` for settings that are filled in."""
     entries = contestants(config.compare or (config.method,), config.learning_rate)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
-    folder = read_data(config.data, config.val, config.test, config.seed, config.shots, accelerator)
+    with accelerator.main_process_first():
+        data = as_folder(config.data, Path("runs") / "datasets", config.image_column, config.label_column)
+    folder = read_data(data, config.val, config.test, config.seed, config.shots, accelerator)
     vision = load_vision(source_of(config), len(folder.classes))
     vision.model.to(accelerator.device)
     for each in entries:

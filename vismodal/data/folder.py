@@ -11,12 +11,14 @@ file becomes a picture (EXIF, transparency, CMYK, 16 bit, palettes) is in `vismo
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from vismodal.draw import generator
 from vismodal.errors import InputError, one_line
 
 PARTS = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
+BESIDE = ".vismodal.json"  # what `vismodal.data.hub` leaves: true names of class folders, and notes
 LAYOUT = "pictures lie in DIR/CLASS/ or in DIR/train/CLASS/, DIR/val/CLASS/ and DIR/test/CLASS/"
 
 
@@ -80,8 +83,9 @@ def read_folder(root: Path, *, val: float = 0.2, test: float = 0.2, seed: int = 
     of val or test is not in train.
     """
     if not os.path.isdir(root):
-        raise InputError(_no_folder(root))
+        raise InputError(no_folder(root))
     parts, notes = _parts(root)
+    notes = [*_beside(root).get("notes", ()), *notes]
     if parts:
         return _given(root, parts, notes, val, seed)
     by_class = _classes(root, root, notes)
@@ -125,7 +129,7 @@ def few(folder: Folder, shots: int, seed: int) -> tuple[tuple[Item, ...], list[s
 def read_labelled(root: Path, classes: Sequence[str]) -> tuple[tuple[Item, ...], list[str]]:
     """All pictures of DIR/CLASS/, whose classes must be exactly these, and notes on what was left out."""
     if not os.path.isdir(root):
-        raise InputError(_no_folder(root))
+        raise InputError(no_folder(root))
     notes: list[str] = []
     by_class = _classes(root, root, notes)
     strange, missing = [c for c in by_class if c not in classes], [c for c in classes if c not in by_class]
@@ -134,7 +138,7 @@ def read_labelled(root: Path, classes: Sequence[str]) -> tuple[tuple[Item, ...],
         has += [f"lacks {missing[0]!r}"] if missing else []
         parts = [by_class[name] for name in strange if any(name.lower() in names for names in PARTS.values())]
         hint = f"; perhaps you mean {min(parts, key=lambda path: path.name.lower() != 'test')}" if parts else ""
-        told = f"{' and '.join(has)}: its folders must be the adapter's classes, {_few(classes)}"
+        told = f"{' and '.join(has)}: its folders must be the adapter's classes, {few_names(classes)}"
         raise InputError(f"{root} {told}{hint}")
     items = _items(root, by_class, classes, notes)
     _check({name: by_class[name] for name in classes}, items, 1, "is needed")
@@ -166,7 +170,7 @@ def _given(root: Path, parts: dict[str, Path], notes: list[str], val: float, see
     classes = tuple(by_part["train"])
     for name, by_class in by_part.items():
         if strange := [c for c in by_class if c not in classes]:
-            lacks = f"which {parts['train']} lacks; it has {_few(classes)}"
+            lacks = f"which {parts['train']} lacks; it has {few_names(classes)}"
             raise InputError(f"{parts[name]} has the class {strange[0]!r}, {lacks}")
     items = {name: _items(root, by_class, classes, notes) for name, by_class in by_part.items()}
     trained, selected, tested = items["train"], items.get("val"), items.get("test", ())
@@ -186,11 +190,12 @@ def _given(root: Path, parts: dict[str, Path], notes: list[str], val: float, see
 def _classes(root: Path, folder: Path, notes: list[str]) -> dict[str, Path]:
     """The class folders by name. Names are compared in Unicode's composed form, which file systems do not agree on."""
     found: dict[str, Path] = {}
+    names = _beside(folder).get("classes", {})
     for path in listing(folder):
         if not os.path.isdir(path):
             notes.append(f"{_shown(root, path)}: not in the folder of a class")
             continue
-        name = unicodedata.normalize("NFC", path.name)
+        name = unicodedata.normalize("NFC", names.get(path.name, path.name))
         if name in found:
             raise InputError(f"{folder} has two folders named {name!r} that differ in Unicode's form; rename one")
         found[name] = path
@@ -198,6 +203,11 @@ def _classes(root: Path, folder: Path, notes: list[str]) -> dict[str, Path]:
         many = f"one class, {next(iter(found))!r}" if found else "no class folders"
         raise InputError(f"{folder} has {many}; {LAYOUT}")
     return found
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    path = folder / BESIDE
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _items(root: Path, by_class: dict[str, Path], classes: Sequence[str], notes: list[str]) -> tuple[Item, ...]:
@@ -261,14 +271,21 @@ def _shown(root: Path, path: Path) -> str:
     return one_line(str(path.relative_to(root)))
 
 
-def _few(names: Sequence[str]) -> str:
+def few_names(names: Sequence[str]) -> str:
+    """The first five, and how many more."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _no_folder(root: Path) -> str:
+def is_hub_id(root: Path) -> bool:
+    """Whether it may be OWNER/NAME on the Hub."""
+    return root.as_posix().count("/") == 1 and not root.as_posix().startswith((".", "/", "~"))
+
+
+def no_folder(root: Path) -> str:
+    """What to write instead of a folder that is not there."""
     if os.path.exists(root):
         return f"{root} is a file; {LAYOUT}"
-    if str(root).count("/") == 1 and not str(root).startswith((".", "/", "~")):
+    if is_hub_id(root):
         get = f"hf download {root} --repo-type dataset --local-dir DIR"
         return f"there is no folder {root}; {LAYOUT}. For a data set on the Hub whose files lie like this: {get}"
     return f"there is no folder {root}; {LAYOUT}"
