@@ -286,7 +286,7 @@ def learn(bench: Bench, task: Task, each: Entry, adapter: vm.Adapter) -> float:
         sets.append(pictures("usual", task.usual.images, task.usual.captions))
     prompts = Prompts(pipe, cache="text_encoder" not in each.parts)
     loss = denoising(pipe, sets, prompts, c.batch // len(sets), Weights(prior=c.prior))
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=each.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapter.groups(each.lr))
     plan = Plan(known(c.steps), seed=c.seed, schedule="cosine", warmup=c.warmup)
     for model in adapter.models.values():
         model.train()  # dropout, where the method has any

@@ -1,6 +1,6 @@
 """Adapt a vision model of timm or transformers to the pictures in a folder, and compare methods that do so.
 
-    vismodal classify                                      # the embedded tiny-vit learns digits, a minute on a laptop
+    vismodal classify                                      # the embedded tiny-vit learns digits
     vismodal classify --data pets --model vit_base_patch16_224 --method "lora(rank=8)" --epochs 20
     vismodal classify --data pets --compare "lora; vpt(tokens=8); adaptformer; ssf" --repeats 3 --tune 6
     vismodal classify --config runs/classify-1/config.yaml --resume
@@ -13,44 +13,33 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 import vismodal as vm
 from vismodal import runs
 from vismodal.callbacks import Progress, Track, read_log
+from vismodal.classification import learning
+from vismodal.classification.bench import Bench, read_data
+from vismodal.classification.classifier import save_classifier
 from vismodal.classification.contestants import Contestant, attach, contestants, trials
-from vismodal.classification.learning import (
-    BEST,
-    Objective,
-    Run,
-    Scores,
-    Validation,
-    answers,
-    best_epoch,
-    calibrate,
-    restore_best,
-    save_classifier,
-    score,
-)
-from vismodal.classification.vision import EMBEDDED, Source, Vision, fresh_head, hub_id, load_vision
-from vismodal.data.digits import digits_folder
-from vismodal.data.folder import Folder, few, read_folder
+from vismodal.classification.learning import BEST, Objective, Run, Validation
+from vismodal.classification.vision import EMBEDDED, Source, fresh_head, hub_id, load_vision
+from vismodal.data.folder import few
 from vismodal.data.views import Augment, Views
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
-from vismodal.files import write_file
 from vismodal.prefix.frozen import FrozenPrefix
 from vismodal.reports.classification import Outcome
-from vismodal.reports.classification_page import Shown, write_all
+from vismodal.reports.classification_page import Shown, about, write_all
 from vismodal.resume import Checkpoints
 from vismodal.runs import known
 from vismodal.train import Plan, Schedule, fit
@@ -68,16 +57,17 @@ class Config:
         image_size: side in pixels of a timm model's input, where it is not to be the model's own.
         method: what to train, by name or with options: lora "lora(rank=4, lr=2e-3)" "vpt(tokens=8) + bitfit". The new
             head is always trained too; linearprobe is the head alone, tune(sites=("*",)) nearly everything.
-        compare: several methods under one budget: "lora; vpt(tokens=8); adaptformer".
+        compare: several methods under one budget, instead of `method`: "lora; vpt(tokens=8); adaptformer".
         output: folder for the results. Without it, the next free runs/classify-N.
         resume: go on with the run in `output`; to the bit what it would have become without the stop.
         shots: training pictures of each class, drawn by the seed; 0 takes all.
         val: share of each class for validation, where the folder has no val.
         test: share of each class for the test, where the folder has no parts.
-        epochs: readings of the training pictures.
+        epochs: readings of the training pictures, each rounded up to whole updates.
         batch: pictures in a forward pass, on each process.
         accumulate: forward passes for each update.
-        learning_rate: of AdamW, after warming up, for all methods. Without it, each method's own usual one.
+        learning_rate: of AdamW, after warming up, for all methods that are written without an lr of their own. Without
+            it, each method's usual one.
         schedule: course of the learning rate.
         warmup: share of the updates over which it rises from zero.
         weight_decay: of AdamW, on matrices; biases, norms and other vectors have none.
@@ -87,9 +77,10 @@ class Config:
         crop: least share of a training picture that a random crop shows; 1 shows it as in evaluation.
         flip: mirror training pictures half of the times.
         randaugment: magnitude of two operations of RandAugment, usually 9; 0 is off.
-        copies: how many augmented versions of each picture there are; 0 makes new ones all the time.
+        copies: how many versions of each picture crop, flip and randaugment make; 0 makes new ones all the time.
         cache: compute what the model does before its first adapter once for each picture: adapters in the last blocks,
-            side networks and linear probes are then a fraction of the work. Results are equal up to rounding.
+            side networks and linear probes are then a fraction of the work. Results are equal up to rounding. It needs
+            pictures that come again: no mixup, and with random changes some `copies`.
         tune: trials of learning rate and scale for each method, judged by validation data; 0 takes them as they are.
         repeats: runs with seeds seed, seed + 1, ...; the table has mean and deviation.
         seed: of everything random. The parts of a folder without any are drawn from it too, the same in all repeats.
@@ -142,32 +133,6 @@ FREE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all contestants share."""
-
-    config: Config
-    folder: Folder
-    vision: Vision
-    accelerator: Accelerator
-    output: Path
-    val: Views
-    test: Views | None
-
-    @property
-    def source(self) -> Source:
-        return source_of(self.config)
-
-    def scores(self, model: Run, views: Views) -> Scores:
-        """Of the model as it stands."""
-        return score(answers(model, views, 2 * self.config.batch, self.accelerator.autocast), views.labels)
-
-    def figures(self, model: Run) -> dict[str, Any]:
-        """The scores of both parts as JSON values; no test is None."""
-        parts = {"val": self.val, "test": self.test}
-        return {part: asdict(self.scores(model, views)) if views else None for part, views in parts.items()}
-
-
 def main(config: Config) -> Path:
     """Trains, and gives the folder of the results. Raises `InputError` for input that cannot be used."""
     config = checked(config)
@@ -178,7 +143,8 @@ def main(config: Config) -> Path:
 def checked(config: Config) -> Config:
     """The settings with threads filled in. Raises `InputError` for what makes no sense."""
     runs.at_least(config, 1, "epochs", "batch", "accumulate", "repeats", "score_every")
-    runs.at_least(config, 0, "shots", "warmup", "weight_decay", "mixup", "tune", "val", "test")
+    runs.at_least(config, 0, "shots", "warmup", "weight_decay", "clip", "mixup", "tune", "val", "test")
+    runs.at_least(config, 1, *(name for name in ("threads", "image_size") if getattr(config, name) is not None))
     if config.learning_rate is not None and not config.learning_rate > 0:
         raise InputError(f"learning_rate must be above 0, not {config.learning_rate}")
     if not (config.val > 0 and config.test > 0 and config.val + config.test < 1):
@@ -186,17 +152,20 @@ def checked(config: Config) -> Config:
     if not config.warmup < 1:
         raise InputError(f"warmup is a share of the updates and must be below 1, not {config.warmup}")
     Objective(2, config.batch, config.label_smoothing, config.mixup)
-    augment_of(config)
+    augment = augment_of(config)
+    if augment.copies and not augment.random:
+        raise InputError(f"copies={augment.copies} of each picture would all be alike; write crop, flip or randaugment")
+    if config.cache and (config.mixup or (augment.random and not augment.copies)):
+        todo = "leave out mixup" if config.mixup else "write copies=4, or leave out crop, flip and randaugment"
+        raise InputError(f"no picture would come twice, so that cache has nothing to keep; {todo}")
     return replace(config, threads=config.threads or (1 if config.model == EMBEDDED else torch.get_num_threads()))
 
 
 def run(config: Config) -> Path:
     """`main` for settings that are filled in."""
-    entries = contestants(config.compare or (config.method,))
-    if config.learning_rate:
-        entries = [replace(each, lr=config.learning_rate) for each in entries]
+    entries = contestants(config.compare or (config.method,), config.learning_rate)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
-    folder = read_data(config, accelerator)
+    folder = read_data(config.data, config.val, config.test, config.seed, config.shots, accelerator)
     vision = load_vision(source_of(config), len(folder.classes))
     vision.model.to(accelerator.device)
     for each in entries:
@@ -206,33 +175,32 @@ def run(config: Config) -> Path:
     if accelerator.is_main_process:
         runs.save_config(config, output)
     val, test = (Views(items, vision.config) for items in (folder.val, folder.test))
-    bench = Bench(config, folder, vision, accelerator, output, val, test if folder.test else None)
+    bench = Bench(folder, vision, accelerator, output, 2 * config.batch, val, test if folder.test else None)
     try:
-        results = [compete(bench, each) for each in entries]
+        results = [compete(config, bench, each) for each in entries]
     except KeyboardInterrupt:
         accelerator.print(f"stopped; go on with: {runs.resume_command('classify', output)}")
         raise
     if accelerator.is_main_process:
-        write_results(bench, results)
+        write_results(config, bench, results)
     accelerator.wait_for_everyone()
     return output
 
 
-def compete(bench: Bench, each: Contestant) -> list[Outcome]:
+def compete(c: Config, bench: Bench, each: Contestant) -> list[Outcome]:
     """One run for each seed, with the learning rate and the scale of the best trial on validation data."""
-    c = bench.config
     tried = trials(each, c.tune, c.seed)
     if len(tried) > 1:
         bench.accelerator.print(f"{each.label}: {len(tried)} trials of learning rate and scale")
-        found = [learn(bench, trial, c.seed) for trial in tried]
+        found = [learn(c, bench, trial, c.seed) for trial in tried]
         best = max(range(len(tried)), key=lambda i: (found[i]["val"]["accuracy"], -found[i]["val"]["loss"]))
         each = tried[best]
-    return [learn(bench, each, c.seed + i) for i in range(c.repeats)]
+    return [learn(c, bench, each, c.seed + i) for i in range(c.repeats)]
 
 
-def learn(bench: Bench, each: Contestant, seed: int) -> Outcome:
+def learn(c: Config, bench: Bench, each: Contestant, seed: int) -> Outcome:
     """Trains once, unless this run was finished before; scores its best epoch and its last."""
-    c, main = bench.config, bench.accelerator.is_main_process
+    main = bench.accelerator.is_main_process
     place = bench.output / "runs" / f"{each.slug}-lr{each.lr:.3g}-x{each.scale:g}-seed{seed}"
     fresh_head(bench.vision.model, len(bench.folder.classes), seed_of(seed, "head"))
     adapter = attach(each, bench.vision.model, seed_of(seed, "adapter"))
@@ -240,40 +208,37 @@ def learn(bench: Bench, each: Contestant, seed: int) -> Outcome:
         world = bench.accelerator.num_processes
         content = {"data": bench.folder.digest, "processes": world, "model": runs.bases(adapter), "seed": seed}
         same = json.loads(json.dumps(runs.identity(c, FREE, **content, **each.identity)))
-        file = place / "result.json"
-        told = json.loads(file.read_text(encoding="utf-8")) if main and file.exists() else {}
-        figures = told["figures"] if told.get("identity") == same else None
-        figures = broadcast_object_list([figures])[0]  # all do what the first process found
-        if figures is None:
-            figures = broadcast_object_list([train(bench, each, adapter, seed, place, same)])[0]
+        # all do what the first process found
+        found = broadcast_object_list([learning.finished(place, same) if main else None])[0]
+        if found is None:
+            found = broadcast_object_list([train(c, bench, adapter, each.lr, seed, place, same)])[0]
             if main:
-                write_file(file, json.dumps({"identity": same, "figures": figures}, indent=1) + "\n")
+                learning.finish(place, same, found)
     finally:
         adapter.detach()
-    tested = f", test {100 * figures['test']['accuracy']:.1f}%" if figures["test"] else ""
+    tested = f", test {100 * found['test']['accuracy']:.1f}%" if found["test"] else ""
     where = f"{each.label} (lr {each.lr:g}, scale {each.scale:g}, seed {seed})"
-    bench.accelerator.print(f"{where}: validation {100 * figures['val']['accuracy']:.1f}%{tested}")
-    return Outcome(place, each.label, seed, each.lr, each.scale, figures)
+    bench.accelerator.print(f"{where}: validation {100 * found['val']['accuracy']:.1f}%{tested}")
+    return Outcome(place, each.label, seed, each.lr, each.scale, found)
 
 
 def train(
-    bench: Bench, each: Contestant, adapter: vm.Adapter, seed: int, place: Path, same: dict[str, object]
+    c: Config, bench: Bench, adapter: vm.Adapter, lr: float, seed: int, place: Path, same: dict[str, object]
 ) -> dict[str, object] | None:
     """The figures of a run, on the main process. Raises KeyboardInterrupt if somebody stopped it."""
-    c, folder, model, accelerator = bench.config, bench.folder, bench.vision.model, bench.accelerator
+    folder, model, accelerator = bench.folder, bench.vision.model, bench.accelerator
     items, _ = few(folder, c.shots, seed) if c.shots else (folder.train, [])
     views = Views(items, bench.vision.config, augment_of(c), seed)
-    fixed = c.cache and not c.mixup and (c.copies > 0 or not augment_of(c).random)
-    seer: Run = FrozenPrefix(model) if fixed else model
+    seer: Run = FrozenPrefix(model) if c.cache else model
     loss = Objective(len(folder.classes), c.batch, c.label_smoothing, c.mixup).loss(seer, views)
     epoch = math.ceil(len(items) / (c.batch * c.accumulate * accelerator.num_processes))
     steps = epoch * c.epochs
     model.train()
-    calibrate(adapter, loss, seed)
+    learning.calibrate(adapter, loss, seed)
     outcome = fit(
         loss,
         adapter,
-        torch.optim.AdamW(adapter.groups(each.lr, c.weight_decay)),
+        torch.optim.AdamW(adapter.groups(lr, c.weight_decay)),
         plan=Plan(steps, c.accumulate, seed, c.schedule, round(c.warmup * steps), c.clip),
         accelerator=accelerator,
         checkpoints=Checkpoints(place / "checkpoints", same, epoch * c.score_every, keep=1),
@@ -281,19 +246,22 @@ def train(
         callbacks=[
             Progress(),
             Validation(partial(bench.scores, seer, bench.val), adapter, place, epoch * c.score_every, epoch),
-            *([Track(accelerator, "classify", same)] if c.track else []),
+            *([Track(accelerator, f"classify-{place.name}", same)] if c.track else []),
         ],
     )
     model.eval()
     if outcome.stopped:
         raise KeyboardInterrupt
-    if not accelerator.is_main_process:
-        return None
-    last = bench.figures(seer)
-    restore_best(adapter, place)
+    return figures(bench, seer, adapter, place, steps) if accelerator.is_main_process else None
+
+
+def figures(bench: Bench, seer: Run, adapter: vm.Adapter, place: Path, steps: int) -> dict[str, object]:
+    """Of a run that has just made its last step; then the adapter is the one of its best epoch."""
+    best, last = learning.best_epoch(place), bench.figures(seer)
+    learning.restore_best(adapter, place)
     return {
-        "epoch": best_epoch(place)["epoch"],
-        **bench.figures(seer),
+        "epoch": best["epoch"],
+        **(last if best["step"] == steps else bench.figures(seer)),
         "last": last,
         "parameters": adapter.num_parameters,
         "bytes": (place / BEST).stat().st_size,
@@ -301,43 +269,30 @@ def train(
     }
 
 
-def write_results(bench: Bench, results: Sequence[Sequence[Outcome]]) -> None:
+def write_results(c: Config, bench: Bench, results: Sequence[Sequence[Outcome]]) -> None:
     """The best adapter with all that predicting needs, and what people look at; then says what to do next."""
-    output, folder, c = bench.output, bench.folder, bench.config
+    output, folder, source = bench.output, bench.folder, source_of(c)
     winner = max(results, key=lambda outcomes: sum(o["val"]["accuracy"] for o in outcomes))
     best = max(winner, key=lambda o: (o["val"]["accuracy"], -o["val"]["loss"]))
     part, views = ("test", bench.test) if bench.test else ("val", bench.val)
     fresh_head(bench.vision.model, len(folder.classes), 0)
     adapter = vm.load(bench.vision.model, best.folder / BEST, "classify")  # what is shown is what the file gives
-    save_classifier(adapter, output / "adapter.safetensors", bench.source, bench.vision, folder.classes)
-    logits = answers(bench.vision.model, views, 2 * c.batch, bench.accelerator.autocast)
+    save_classifier(adapter, output / "adapter.safetensors", source, bench.vision, folder.classes)
+    logits = learning.answers(bench.vision.model, views, 2 * c.batch, bench.accelerator.autocast)
     adapter.detach()
-    scores = score(logits, views.labels)
-    about = f"{folder.root.name}: {folder.digest.rpartition(' ')[0]}, {len(folder.classes)} classes; {c.epochs} epochs"
-    shown = Shown(folder, results, best, scores, part, asdict(c), about)
-    hub = hub_id(bench.vision.model, bench.source)
+    scores = learning.score(logits, views.labels)
+    hub = hub_id(bench.vision.model, source)
+    base = hub or Path(c.model).name
+    shown = Shown(folder, results, best, scores, part, asdict(c), about(folder, base, c.epochs, c.shots))
     more = {"classes": folder.classes, "processes": bench.accelerator.num_processes, "notes": folder.notes}
     more["best"] = f"runs/{best.folder.name}"
-    print("\n" + write_all(output, shown, logits, hub or Path(c.model).name, hub, more))
-    print(f"report: {output / 'report.html'}\nadapter: {output / 'adapter.safetensors'}")
-    print(f"next: vismodal predict --adapter {output / 'adapter.safetensors'} {views.items[0].path}")
+    print("\n" + write_all(output, shown, logits, base, hub, more))
+    file, picture = output / "adapter.safetensors", views.items[0].path
+    print(f"report: {output / 'report.html'}\nadapter: {file}")
+    print(f"next: vismodal predict --adapter {shlex.quote(str(file))} {shlex.quote(str(picture))}")
 
 
 # -- small parts -------------------------------------------------------------------------------------------------------
-
-
-def read_data(config: Config, accelerator: Accelerator) -> Folder:
-    """The pictures; what is left out or odd is named on stderr."""
-    with accelerator.main_process_first():
-        root = config.data.expanduser() if config.data else digits_folder(Path("runs") / "digits")
-    folder = read_folder(root, val=config.val, test=config.test, seed=config.seed)
-    notes = list(folder.notes) + (few(folder, config.shots, config.seed)[1] if config.shots else [])
-    if not folder.test:
-        notes.append("there is no test part: the figures are of validation data, which also chose the epoch")
-    if accelerator.is_main_process:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-    return replace(folder, notes=tuple(notes))
 
 
 def source_of(config: Config) -> Source:

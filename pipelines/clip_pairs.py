@@ -11,27 +11,25 @@ model is written for open_clip and for transformers.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from accelerate import Accelerator
+from torch import Tensor
 
 import vismodal as vm
 from vismodal import clip_export, runs
 from vismodal.callbacks import Progress
-from vismodal.clip import Images, encode_texts
-from vismodal.contrastive.loss import Loss, Temperature, Trained, encoded, gathered, loss_named, row_at
+from vismodal.contrastive.batches import loss_of, read_parts
+from vismodal.contrastive.loss import Loss, Temperature, Trained
 from vismodal.contrastive.retention import Judge
 from vismodal.data.folder import Folder, read_folder
-from vismodal.data.pairs import Long, Pairs, fitting, held_out, read_pairs
-from vismodal.data.pictures import Pictures
+from vismodal.data.pairs import Long
 from vismodal.draw import seed_of
 from vismodal.entries import written
 from vismodal.errors import InputError
@@ -54,7 +52,8 @@ class Config:
         val: folder or file with other pairs for retrieval, where they lie elsewhere.
         held_out: share of pictures for retrieval, where no part of their own is given.
         long: captions longer than the model's context: truncate (their end is not seen), skip, or error. Told anyway.
-        retain: folder of pictures by class, DIR/test/CLASS/*.jpg, whose zero-shot accuracy should stay.
+        retain: folder of pictures by class, as `vismodal clip` reads it, whose zero-shot accuracy should stay; it is
+            measured on the test part, or else on val.
         templates: what the names of those classes are put into.
         model: the embedded CLIP unless given: a folder, OWNER/NAME of transformers on the Hub, or of open_clip
             hf-hub:OWNER/NAME or ARCH/TAG such as ViT-B-32/laion2b_s34b_b79k.
@@ -62,7 +61,8 @@ class Config:
         method: any method that goes on both towers or one, with its options: "lora(rank=16)", "dora",
             "tune(sites=('norm','bias'))".
         loss: infonce (CLIP's), sigmoid (SigLIP's), or auto: what the model was made for.
-        learn_scale: train the temperature too (and SigLIP's bias); 1 / temperature never goes beyond 100.
+        learn_scale: train the temperature too (and SigLIP's bias); 1 / temperature never goes beyond 100, or beyond the
+            model's own where that is more.
         batch: pairs of an update, of all processes together: each is a wrong answer to all others.
         part: pairs that go through the towers at a time; the gradient is that of the whole batch, for twice the
             forward time. 0 is all at once.
@@ -155,19 +155,16 @@ def run(config: Config) -> Result:
     accelerator = runs.start_accelerator(config.mixed_precision, None)
     model = load_clip(config.model, config.library)
     model.model.to(accelerator.device)
-    train, val = read(config, model)
-    world = accelerator.num_processes
-    if config.batch % world:
-        raise InputError(f"batch {config.batch} cannot be shared out evenly among {world} processes")
-    if config.batch > len(train.pairs):
-        raise InputError(
-            f"batch is {config.batch}, and there are {len(train.pairs)} pictures to train on; a picture may be in a "
-            "batch once: write a smaller batch"
-        )
+    train, val = read_parts(known(config.pairs), config.val, config.held_out, config.seed, config.long, model)
+    check_batch(config.batch, len(train.pairs), accelerator.num_processes)
     judge = Judge(model, val, retained(config), config.templates)
-    adapter = adapt(config, model)
+    adapter = vm.adapt(
+        model.model, written(config.method, ()).make(), name="clip", seed=seed_of(config.seed, "adapter")
+    )
     trained = Trained(adapter, Temperature(model.model, config.learn_scale).to(accelerator.device))
-    loss = loss_of(config, model, train, trained.temperature, world)
+    loss = loss_of(
+        model, train, trained.temperature, config.loss, batch=config.batch, part=config.part, augment=config.augment
+    )
     config = replace(config, output=runs.claim(config.output, "clip-pairs", config.resume, accelerator))
     output = known(config.output)
     same = runs.identity(config, FREE, pairs=train.digest, **runs.bases(adapter))
@@ -176,9 +173,29 @@ def run(config: Config) -> Result:
     if accelerator.is_main_process:
         runs.save_config(config, output)
     accelerator.print(
-        f"training {adapter.num_parameters:,} parameters on {len(train.pairs)} pictures with {len(train.texts)} "
-        f"captions; {len(val.pairs)} pictures for retrieval; into {output}"
+        f"training {adapter.num_parameters:,} parameters on {train.told}; {val.told} for retrieval; into {output}"
     )
+    model.model.train()
+    stopped = train_with(loss, trained, config, checkpoints, accelerator)
+    model.model.eval()
+    if stopped:
+        return Result(output, [], stopped=True)
+    sweep = judge.sweep(adapter, config.alphas) if accelerator.is_main_process else []
+    if accelerator.is_main_process:
+        write_results(config, model, trained, sweep, {"train": train.told, "val": val.told})
+    accelerator.wait_for_everyone()
+    return Result(output, sweep)
+
+
+def train_with(
+    loss: Callable[[Micro], Mapping[str, Tensor]],
+    trained: Trained,
+    config: Config,
+    checkpoints: Checkpoints,
+    accelerator: Accelerator,
+) -> bool:
+    """Trains to the end, unless somebody stops it: then it says how to go on, and gives True."""
+    output = known(config.output)
     outcome = fit(
         loss,
         trained,
@@ -192,35 +209,18 @@ def run(config: Config) -> Result:
     if outcome.stopped:
         again = runs.resume_command("clip pairs", output)
         accelerator.print(f"stopped after step {outcome.step} of {config.steps}; go on with: {again}")
-        return Result(output, [], stopped=True)
-    model.model.eval()
-    sweep = judge.sweep(adapter, config.alphas) if accelerator.is_main_process else []
-    if accelerator.is_main_process:
-        write_results(config, model, trained, sweep)
-    accelerator.wait_for_everyone()
-    return Result(output, sweep)
+    return outcome.stopped
 
 
-def read(config: Config, model: Pretrained) -> tuple[Pairs, Pairs]:
-    """Pairs to train on, and others for retrieval; what is left out or cut is told on stderr."""
-    place = known(config.pairs).expanduser()
-    inner = place / "train"
-    pairs = read_pairs(inner if inner.is_dir() else place)
-    val_place = config.val or next(
-        (place / n for n in ("val", "test") if inner.is_dir() and (place / n).is_dir()), None
-    )
-    both = (pairs, read_pairs(val_place)) if val_place else held_out(pairs, config.held_out, config.seed)
-    kept = []
-    for name, each in zip(("train", "val"), both, strict=True):
-        for rejected in each.rejected:
-            print(f"skipped {rejected}", file=sys.stderr)
-        each, long = fitting(each, model.too_long, config.long)
-        if long:
-            done = "cut: their end is not seen" if config.long == "truncate" else "left out"
-            more = f"{len(long)} captions have more than {model.context} tokens"
-            print(f"{name}: {more} and are {done}; the first: {long[0]!r}", file=sys.stderr)
-        kept.append(each)
-    return kept[0], kept[1]
+def check_batch(batch: int, pictures: int, world: int) -> None:
+    """Raises `InputError` for a batch that cannot be shared out, or that would hold a picture twice."""
+    if batch % world:
+        raise InputError(f"batch {batch} cannot be shared out evenly among {world} processes")
+    if batch > pictures:
+        raise InputError(
+            f"batch is {batch}, and there are {pictures} pictures to train on; a picture may be in a batch once: write "
+            "a smaller batch"
+        )
 
 
 def retained(config: Config) -> Folder | None:
@@ -233,73 +233,22 @@ def retained(config: Config) -> Folder | None:
     return folder
 
 
-def adapt(config: Config, model: Pretrained) -> vm.Adapter:
-    """The method on both towers."""
-    read = written(config.method, ())
-    return vm.adapt(model.model, read.make(), name="clip", seed=seed_of(config.seed, "adapter"))
-
-
-def loss_of(
-    config: Config, model: Pretrained, train: Pairs, temperature: Temperature, world: int
-) -> Callable[[Micro], dict[str, Tensor]]:
-    """The loss of a batch: each picture once, with one of its captions, among those of all processes."""
-    pictures = Pictures([pair.path for pair in train.pairs], model.preprocess)
-    ids = model.tokenize(train.texts)
-    first = torch.tensor([0, *(len(pair.texts) for pair in train.pairs)]).cumsum(0).tolist()  # of each one's captions
-    contrast, images = loss_named(config.loss, temperature), Images(model.model)
-    model.model.train()
-    device = temperature.scale.device
-
-    def loss(micro: Micro) -> dict[str, Tensor]:
-        places = micro.positions(config.batch // world)
-        items = [row_at(micro.seed, len(pictures), config.batch, p) for p in places]
-        texts = [
-            first[i] + int(torch.randint(first[i + 1] - first[i], (), generator=micro.generator("caption", p)))
-            for i, p in zip(items, places, strict=True)
-        ]
-        if config.augment:
-            x = pictures.augmented(items, [(micro.seed, "augment", p) for p in places], model.size)
-        else:
-            x = pictures.batch(items)
-        f = F.normalize(encoded(images, x.to(device), config.part), dim=-1)
-        t = F.normalize(
-            encoded(lambda rows: encode_texts(model.model, rows), ids[texts].to(device), config.part), dim=-1
-        )
-        return {"loss": contrast(gathered(f), gathered(t)), "scale": temperature.scale.exp()}
-
-    return loss
-
-
-def write_results(config: Config, model: Pretrained, trained: Trained, sweep: Sequence[dict[str, float]]) -> None:
+def write_results(
+    config: Config, model: Pretrained, trained: Trained, sweep: Sequence[dict[str, float]], data: dict[str, str]
+) -> None:
     """The adapter, the merged model for both libraries, and what people look at; then says where they are."""
     output, adapter = known(config.output), trained.adapter
     header = {name: str(value.item()) for name, value in trained.temperature.named_parameters()}
     vm.save(adapter, output / "adapter.safetensors", {"temperature": json.dumps(header)})
-    exported = exports(config, model, trained)
-    write_file(output / "results.json", json.dumps({"sweep": sweep, "exports": exported}, indent=1))
+    exported = clip_export.write_adapted(model, adapter, output, trained.temperature.write)
+    write_file(output / "results.json", json.dumps({"data": data, "sweep": sweep, "exports": exported}, indent=1))
     clip_report.retention_plot(sweep, output / "retention.png")
     report.loss_plot(output / "metrics.jsonl", output / "loss.png")
     told = "\n".join(f"- {line}" for line in exported)
-    clip_report.pairs_card(output, sweep, asdict(config), adapter.num_parameters, told)
+    clip_report.pairs_card(output, sweep, asdict(config), adapter.num_parameters, data, told)
     print(clip_report.pairs_table(sweep))
-    print("\n".join(exported))
+    print("\n".join(exported).replace("PATH/", f"{output.resolve()}/"))
     print(f"results: {output / 'README.md'}")
-
-
-def exports(config: Config, model: Pretrained, trained: Trained) -> list[str]:
-    """Writes the merged model; says for each library where it is, or why it is not."""
-    if not all(method.mergeable for method in trained.adapter.methods.values()):
-        return [f"not exported: {config.method} does not merge into the weights; use adapter.safetensors"]
-    merged = baked(model.model, trained)
-    return clip_export.write(replace(model, model=merged), known(config.output))
-
-
-def baked(model: nn.Module, trained: Trained) -> nn.Module:
-    """A copy of the model with adapter and temperature in its weights."""
-    merged: Any = copy.deepcopy(model)
-    vm.attached(merged)[trained.adapter.name].detach(keep=True)
-    trained.temperature.write(merged)
-    return nn.Module.eval(merged)
 
 
 if __name__ == "__main__":

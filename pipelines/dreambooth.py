@@ -212,7 +212,7 @@ def run(config: Config) -> Result:
     outcome = fit(
         loss_of(config, pipe, photos, prompts, class_photos),
         adapter,
-        torch.optim.AdamW(adapter.parameters(), lr=known(config.learning_rate), weight_decay=config.weight_decay),
+        torch.optim.AdamW(adapter.groups(known(config.learning_rate), config.weight_decay)),
         plan=plan,
         accelerator=accelerator,
         checkpoints=checkpoints,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from accelerate import Accelerator
 
 import vismodal as vm
 from vismodal import runs
-from vismodal.classification.learning import Classifier, answers, logits, read_classifier, score
+from vismodal.classification.classifier import Classifier, read_classifier
+from vismodal.classification.learning import answers, logits, score
 from vismodal.classification.vision import EMBEDDED, Vision, load_vision
 from vismodal.data.decode import Unusable
 from vismodal.data.folder import read_labelled
@@ -40,8 +42,8 @@ class Config:
         adapter: file that vismodal classify wrote: adapter.safetensors.
         images: pictures, or folders of pictures.
         data: folder DIR/CLASS/*.jpg instead: how many are right. Its classes must be the adapter's.
-        model: base model, where it is not to be found as the file names it.
-        weights: checkpoint file of the base model, likewise.
+        model: base model, where it is not to be found as the file names it; with `weights`, if it needs any.
+        weights: checkpoint file of the base model, where it is not to be found as the file names it.
         top: how many classes to name for each picture, the likeliest first.
         json: print JSON instead of a table.
         batch: pictures in a forward pass.
@@ -70,7 +72,9 @@ def main(config: Config) -> list[Answer]:
         raise InputError("the adapter is missing; write --adapter FILE, the adapter.safetensors of vismodal classify")
     if not config.images and config.data is None:
         raise InputError("no pictures; write their files, such as a.jpg, or --data FOLDER with a folder for each class")
-    runs.at_least(config, 1, "top", "batch")
+    if config.images and config.data is not None:
+        raise InputError(f"--data {config.data} is for labelled pictures and {config.images[0]} for others; give one")
+    runs.at_least(config, 1, "top", "batch", *(["threads"] if config.threads is not None else []))
     file = read_classifier(config.adapter)
     if config.model or config.weights:
         source = replace(file.source, model=config.model or file.source.model, weights=config.weights)
@@ -84,7 +88,11 @@ def main(config: Config) -> list[Answer]:
 def load(adapter: Path, file: Classifier) -> Vision:
     """The base model with the adapter on it, and the file's preprocessing."""
     vision = load_vision(file.source, len(file.classes))
-    vm.load(vision.model, adapter, "predict")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        vm.load(vision.model, adapter, "predict")
+    for warning in caught:  # the base has other values than the one that the adapter was made on
+        print(f"warning: {warning.message}; the answers may be wrong", file=sys.stderr)
     vision.model.to(Accelerator().device).eval()
     return Vision(vision.model, file.preprocessing)
 
@@ -92,33 +100,36 @@ def load(adapter: Path, file: Classifier) -> Vision:
 def predict(config: Config, file: Classifier, vision: Vision) -> list[Answer]:
     """The likeliest classes of each picture. Files that cannot be used are named on stderr."""
     found: list[Answer] = []
-    paths: list[Path] = []
-    pixels: list[torch.Tensor] = []
-
-    def flush() -> None:
-        if paths:
-            shares, given = (
-                logits(vision.model, torch.stack(pixels)).softmax(1).topk(min(config.top, len(file.classes)))
-            )
-            for path, row, names in zip(paths, shares.tolist(), given.tolist(), strict=True):
-                each = [{"class": file.classes[c], "probability": p} for c, p in zip(names, row, strict=True)]
-                found.append({"file": str(path), "classes": each})
-            paths.clear()
-            pixels.clear()
-
+    waiting: list[tuple[Path, torch.Tensor]] = []
     for path in files(config):
         try:
-            pixels.append(vision.preprocess(read_picture(path)))
-            paths.append(path)
+            waiting.append((path, vision.preprocess(read_picture(path))))
         except Unusable as error:
             print(one_line(f"skipped {path}: {error}"), file=sys.stderr)
-        if len(paths) == config.batch:
-            flush()
-    flush()
+        if len(waiting) == config.batch:
+            found += answered(waiting, config.top, file, vision)
+            waiting = []
+    if waiting:
+        found += answered(waiting, config.top, file, vision)
     if not found:
         raise InputError("none of the files is a usable picture")
     tell(config, found)
     return found
+
+
+def answered(pictures: list[tuple[Path, torch.Tensor]], top: int, file: Classifier, vision: Vision) -> list[Answer]:
+    """The answers to a batch."""
+    shares = logits(vision.model, torch.stack([pixels for _, pixels in pictures])).softmax(1)
+    shares, given = shares.topk(min(top, len(file.classes)))
+    return [
+        {
+            "file": str(path),
+            "classes": [
+                {"class": file.classes[c], "probability": p} for c, p in zip(names.tolist(), row.tolist(), strict=True)
+            ],
+        }
+        for (path, _), row, names in zip(pictures, shares, given, strict=True)
+    ]
 
 
 def files(config: Config) -> Iterator[Path]:

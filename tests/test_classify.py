@@ -15,13 +15,14 @@ import pytest
 import torch
 from pictures import folder, picture, tiny_vit
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 import vismodal as vm
 from vismodal import cli
 from vismodal.callbacks import read_log
+from vismodal.classification.classifier import read_classifier, save_classifier
 from vismodal.classification.contestants import FACTORS, attach, contestant, contestants, trials
 from vismodal.classification.learning import (
     BEST,
@@ -30,11 +31,9 @@ from vismodal.classification.learning import (
     Validation,
     answers,
     best_epoch,
-    read_classifier,
-    save_classifier,
     score,
 )
-from vismodal.classification.vision import Source, fresh_head, load_vision
+from vismodal.classification.vision import Source, Vision, _check, fresh_head, from_processor, load_vision
 from vismodal.data.folder import read_folder
 from vismodal.data.photos import read_picture
 from vismodal.data.views import PLAIN, Augment, View, Views
@@ -126,6 +125,8 @@ def test_what_a_comparison_leaves(compared, model):
     assert same(load_file(out / "adapter.safetensors"), load_file(best / BEST))
 
     page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+    told = "tiny on colours: 3 classes; 12 pictures for training, 6 for validation, 9 for the test; 8 epochs"
+    assert told in page and told in card and "<td>method</td>" not in page and "<td>compare</td>" in page
     assert "http" not in re.sub(r"data:image/\w+;base64,[\w+/=]+", "", page) and page.count("data:image/png") == 2
     assert str(model.parent) not in page + card and "lora(rank=2)" in card and "vismodal predict" in card
 
@@ -206,13 +207,14 @@ def test_resume_is_exact(settings, tmp_path, monkeypatch):
 
 
 def test_two_processes_get_what_one_does(data, tmp_path):
+    pytest.importorskip("tensorboard")  # whose end must not be that of the process group
     one = Config(
         data=data, model=str(tiny_vit(tmp_path / "plain")), output=tmp_path / "one", epochs=2, batch=4, mixup=0.3,
         learning_rate=1e-3, method="lora(rank=2)", crop=0.7, threads=1,
     )  # fmt: skip
     main(one)
     out = tmp_path / "two"
-    save_config(replace(one, output=out, batch=2), tmp_path)
+    save_config(replace(one, output=out, batch=2, track="tensorboard"), tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
@@ -221,6 +223,7 @@ def test_two_processes_get_what_one_does(data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((out / "results.json").read_text())["processes"] == 2
+    assert len(list(out.glob("classify-lora-rank-2-*-seed0/events*"))) == 1
     a, b = (load_file(folder / "adapter.safetensors") for folder in (one.output, out))
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
     losses = [[row["loss"] for row in rows(next(f.glob("runs/*")) / "metrics.jsonl")] for f in (one.output, out)]
@@ -314,15 +317,15 @@ def test_groups_do_not_decay_vectors(vision):
 def test_tune_chooses_by_validation_data_alone(settings, monkeypatch):
     tried = []
 
-    def learn(bench, each, seed):
+    def learn(config, bench, each, seed):
         tried.append((each.lr, each.scale, seed))
         value = 0.9 if len(tried) == 3 else 0.5
         figures = {"val": {"accuracy": value, "loss": 1.0}}
         return classify.Outcome(Path(), each.label, seed, each.lr, each.scale, figures)
 
     monkeypatch.setattr(classify, "learn", learn)
-    bench = SimpleNamespace(config=replace(settings, tune=4, repeats=2), accelerator=SimpleNamespace(print=print))
-    outcomes = classify.compete(bench, contestant("lora"))
+    bench = SimpleNamespace(accelerator=SimpleNamespace(print=print))
+    outcomes = classify.compete(replace(settings, tune=4, repeats=2), bench, contestant("lora"))
     assert len(set(tried)) == 5 and [o.seed for o in outcomes] == [0, 1]
     assert {(o.lr, o.scale) for o in outcomes} == {tried[2][:2]} and tried[0] == (1e-3, 1.0, 0)
 
@@ -450,6 +453,21 @@ def test_a_cached_prefix_gives_the_same(vision, data):
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("size", "crop"), [(224, 224 / 256), (96, 0.9), (384, 0.875)])
+def test_convnext_cuts_below_384_pixels_and_squashes_above(size, crop):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.ConvNextImageProcessor(size={"shortest_edge": size}, crop_pct=crop)
+    vision = Vision(nn.Identity(), from_processor(processor))
+    _check(processor, vision)
+    image = picture((200, 30, 90), 0, (640, 480)).resize((200, 160))
+    truth = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    assert truth.shape == (3, size, size) and (vision.preprocess(image) - truth).abs().mean() < 0.02
+    processor.crop_pct = 0.7  # something that the settings did not tell
+    if size < 384:
+        with pytest.raises(InputError, match="ConvNextImageProcessor does to a picture is not supported"):
+            _check(processor, vision)
+
+
 @pytest.mark.parametrize("kind", ["vit", "clip"])
 def test_transformers_models_and_their_preprocessing(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
@@ -493,6 +511,14 @@ def test_bad_input_is_one_line_and_leaves_no_trace(model, data, tmp_path, capsys
     assert "has no option 'rnk'" in refused(capsys, *good, "--compare", "lora(rnk=2); ssf")
     assert "the same: lora" in refused(capsys, *good, "--compare", "lora; lora")
     assert "xattn.q" in refused(capsys, *good, "--method", "tune(sites=('xattn.q',))")
+    assert "clip must be at least 0, not -1" in refused(capsys, *good, "--clip", "-1")
+    assert "threads must be at least 1, not 0" in refused(capsys, *good, "--threads", "0")
+    assert "image_size must be at least 1, not 0" in refused(capsys, *good, "--image_size", "0")
+    assert "nothing to keep; leave out mixup" in refused(capsys, *good, "--cache", "--mixup", "0.2")
+    assert "nothing to keep; write copies=4" in refused(capsys, *good, "--cache", "--flip")
+    assert "would all be alike; write crop" in refused(capsys, *good, "--copies", "3")
+    place = tmp_path / "no/model"
+    assert f"there is no folder {place}; write where" in refused(capsys, *good[:3], "--model", place)
     assert "mixup mixes pairs" in refused(capsys, *good, "--mixup", "0.2", "--batch", "3")
     assert "crop must be" in refused(capsys, *good, "--crop", "0")
     assert "must be above 0, and leave" in refused(capsys, *good, "--val", "0.6", "--test", "0.5")
@@ -519,11 +545,27 @@ def test_predict_refuses_what_does_not_fit(model, data, tmp_path, capsys):
     strange = folder(tmp_path / "d", {"": 2}, {"red": (255, 0, 0), "teal": (0, 128, 128)})
     line = refused(capsys, "predict", "--adapter", file, "--data", strange)
     assert "has 'teal', which the adapter does not know and lacks 'blue'" in line
+    line = refused(capsys, "predict", "--adapter", file, "--data", data)
+    assert "has 'test', which the adapter does not know and lacks 'blue'" in line
+    assert line.endswith(f"perhaps you mean {data / 'test'}")
+    assert "give one" in refused(capsys, "predict", "--adapter", file, "--data", strange, image)
     gone = folder(tmp_path / "d", {"": 2}, {"red": (255, 0, 0), "blue": (0, 128, 128)})
     (tmp_path / "moved").mkdir()
     assert "holds no config.json" in refused(capsys, "predict", "--adapter", file, "--model", tmp_path / "moved", image)
     assert cli.main(["predict", "--adapter", str(file), str(gone / "red"), str(image)]) == 0
     assert capsys.readouterr().out.count(".png") == 3  # a folder's pictures, and one by name
+
+
+def test_another_base_is_warned_of(compared, data, tmp_path, capsys):
+    other = tiny_vit(tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in state.items()}, other / "model.safetensors")
+    file, image = str(compared.output / "adapter.safetensors"), str(data / "test/red/0.png")
+    assert cli.main(["predict", "--adapter", file, "--model", str(other), image]) == 0
+    told = capsys.readouterr().err
+    assert "warning: " in told and "same shapes, other values; the answers may be wrong" in told
+    assert cli.main(["predict", "--adapter", file, image]) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_odd_pictures_go_all_the_way_with_cache_and_bf16(model, tmp_path):
@@ -556,6 +598,11 @@ def test_methods_as_they_are_written():
     assert written("repadapter(bias=FALSE)").make() == RepAdapter(bias=False)
     assert [each.label for each in contestants(("lora, ssf", "bitfit"))] == ["lora", "ssf", "bitfit"]
     assert contestant("lora + bitfit").lr == 1e-3 and contestant("lora(lr=2e-3) + bitfit").lr == 2e-3
+    assert [each.lr for each in contestants(("lora(lr=2e-3); vpt",), 7e-4)] == [2e-3, 7e-4]  # what is written wins
+    assert contestant("lora(rank=2, lr=1e-3)").slug == "lora-rank-2-lr-1e-3"
+    told_apart = ("lora(layers=slice(-1, None))", "lora(layers=slice(1, None))", "lora(where='a*')", "lora(where='a?')")
+    assert len({contestant(text).slug for text in told_apart}) == 4
+    assert len(contestant(f"lora(where='{'a' * 300}')").slug) < 100
     with pytest.raises(InputError, match="write one lr"):
         contestant("lora(lr=1e-3) + bitfit(lr=1e-2)")
     with pytest.raises(InputError, match="lr must be a number above 0, not True"):

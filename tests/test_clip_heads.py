@@ -103,8 +103,16 @@ def test_a_transformers_tokenizer_or_processor_may_be_given() -> None:
     processor = Processor()
     processor.tokenizer = tokenizer  # type: ignore[attr-defined]
     assert torch.equal(vm.CLIPClassifier(model, processor, ["apple", "orchid"]).text.ids, clf.text.ids)
-    with pytest.raises(vm.InputError, match="tokens, and the model reads 12"):
+    with pytest.raises(vm.InputError, match="has more than the 12 tokens that the model reads; shorten"):
         vm.CLIPClassifier(model, tokenizer, ["apple " * 12])
+
+
+def test_prompts_that_open_clip_would_cut_are_refused() -> None:
+    model, tokenizer = tiny_clip()
+    fits = "apple " * 25
+    assert vm.CLIPClassifier(model, tokenizer, [fits]).text.ids.shape == (1, 32)
+    with pytest.raises(vm.InputError, match="has more than the 32 tokens that the model reads; shorten"):
+        vm.CLIPClassifier(model, tokenizer, ["apple", fits + "apple apple apple"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vismodal as vm
 from vismodal import cli
@@ -19,6 +19,7 @@ from vismodal.callbacks import read_log
 from vismodal.checkpoint import read
 from vismodal.draw import generator
 from vismodal.errors import InputError
+from vismodal.fewshot import trial as fewshot_trial
 from vismodal.fewshot.data import Part
 from vismodal.fewshot.recipes import RECIPES
 from vismodal.paths import asset
@@ -75,12 +76,13 @@ def scores(result: Any) -> dict[str, dict[str, Any]]:
 
 def test_every_method_under_one_budget(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
     names = tuple(RECIPES)
-    result = main(replace(settings, compare=names, steps=2, alphas=(0.0, 1.0)))
+    result = main(replace(settings, compare=names, steps=2, shots=5, alphas=(0.0, 1.0)))
     out, found = settings.output, scores(result)
     assert tuple(found) == names
     assert all(0 <= row["test"] <= 1 for row in found.values())
     told = capsys.readouterr()
-    assert "train/red/torn.jpg: truncated or corrupt" in told.err
+    assert told.err.count("train/red/torn.jpg: truncated or corrupt") == 1
+    assert told.err.count("has 4 training pictures, fewer than the 5 shots") == 4, "once for each class"
     for name, text, image in (
         ("coop", "at every step", "once"), ("cocoop", "at every step", "once"), ("vpt", "once", "at every step"),
         ("clip-lora", "at every step", "at every step"), ("clip-adapter", "once", "once"),
@@ -108,21 +110,18 @@ def test_every_method_under_one_budget(settings: Any, capsys: pytest.CaptureFixt
 def test_one_method_learns_and_its_file_is_measured_alike(settings: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = main(replace(settings, method="coop(lr=1e-2)", steps=25, shots=0, augment=2))
     out, (row,) = settings.output, result.scores
-    assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "accuracy.png", "adapter.safetensors", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl",
-        "results.json",
-    ]  # fmt: skip
-    loss = [r["loss"] for r in read_log(out / "metrics.jsonl")]
+    (place,) = out.glob("*/seed-0")
+    loss = [r["loss"] for r in read_log(place / "metrics.jsonl")]
     assert sum(loss[-5:]) < 0.8 * sum(loss[:5])
-    again = main(replace(settings, output=None, adapter=out / "adapter.safetensors"))
+    again = main(replace(settings, output=None, adapter=place / "adapter.safetensors"))
     assert again.scores[0]["test"] == row["test"] and again.output is None
 
-    header, _ = read(out / "adapter.safetensors")  # as the card says
+    header, _ = read(place / "adapter.safetensors")  # as the card says
     prompts = json.loads(header["prompts"])
     assert prompts["light blue"] == ["a photo of a light blue."] and json.loads(header["classes"]) == sorted(CLASSES)
     model, preprocess, tokenizer = vm.models.load("tiny-clip")
     clf = vm.CLIPClassifier(model, tokenizer, list(prompts), prompts)
-    vm.load(clf, out / "adapter.safetensors")
+    vm.load(clf, place / "adapter.safetensors")
     right = 0
     for label, name in enumerate(json.loads(header["classes"])):
         for path in sorted((settings.data / "test" / name).iterdir()):
@@ -148,6 +147,15 @@ def test_functions_and_mappings_are_templates(settings: Any) -> None:
     own = {name: [f"a drawing of a {name.replace('_', ' ')} disc"] for name in CLASSES}
     two = main(replace(zero, output=settings.output.parent / "two", templates=own))
     assert one.scores[0]["test"] == two.scores[0]["test"]
+
+
+def test_the_same_model_of_transformers_has_the_same_scores(settings: Any, tmp_path: Path) -> None:
+    both = replace(settings, compare=("zero-shot", "tip-adapter", "vpt"), steps=1)
+    ours = scores(main(both))
+    theirs = scores(main(replace(both, library="transformers", output=tmp_path / "theirs")))
+    for name in ("zero-shot", "tip-adapter"):
+        assert ours[name]["test"] == theirs[name]["test"]
+    assert ours["vpt"]["parameters"] == theirs["vpt"]["parameters"]
 
 
 # -- validation and test data ------------------------------------------------------------------------------------------
@@ -180,9 +188,9 @@ def test_test_data_is_measured_after_everything_is_decided(settings: Any, monkey
     order: list[str] = []
     inputs, search = Part.inputs, vm.TipAdapter.search
 
-    def watched(part: Any, clf: Any) -> Any:
+    def watched(part: Any, clf: Any, *copies: Any) -> Any:
         order.append(part.pictures.paths[0].parents[1].name)
-        return inputs(part, clf)
+        return inputs(part, clf, *copies)
 
     def noted(adapter: Any, batches: Any) -> Any:
         found = search(adapter, batches)
@@ -223,27 +231,50 @@ def test_base_to_new(settings: Any) -> None:
 
 
 def test_a_stopped_run_goes_on_to_the_bit(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = replace(settings, compare=("tip-adapter-f", "clip-lora"), augment=2)
+    last = "lora(where='model.visual.transformer.resblocks.3*',dropout=0.2)"  # trained from what was kept before it
+    both = replace(settings, compare=("tip-adapter-f", last), augment=2, steps=8)
     whole = main(both)
-    plain, asked = pipeline.shuffled, []
+    plain, asked = fewshot_trial.shuffled, []
 
     def interrupt(seed: int, purpose: str, size: int, position: int) -> int:
         asked.append(position)
-        if len(asked) > 4 * 6 and position == 2 * 6 + 1:  # in the third step of the second method
+        if len(asked) > 8 * 6 and position == 2 * 6 + 1:  # in the third step of the second method
             raise KeyboardInterrupt
         return plain(seed, purpose, size, position)
 
-    monkeypatch.setattr(pipeline, "shuffled", interrupt)
+    monkeypatch.setattr(fewshot_trial, "shuffled", interrupt)
     stopped = main(replace(both, output=tmp_path / "stopped"))
     assert stopped.stopped and [r["method"] for r in stopped.scores] == ["tip-adapter-f"]
-    monkeypatch.setattr(pipeline, "shuffled", plain)
+    monkeypatch.setattr(fewshot_trial, "shuffled", plain)
     config = str(tmp_path / "stopped/config.yaml")
     assert cli.main(["clip", "--config", config, "--resume"]) == 0
-    for name in ("tip-adapter-f", "clip-lora"):
-        a, b = (load_file(r / name / "seed-0/adapter.safetensors") for r in (settings.output, tmp_path / "stopped"))
+    for file in settings.output.glob("*/seed-0/adapter.safetensors"):
+        a, b = load_file(file), load_file(tmp_path / "stopped" / file.relative_to(settings.output))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     rows = json.loads((tmp_path / "stopped/results.json").read_text())
     assert [r["test"] for r in rows] == [r["test"] for r in whole.scores]
+    assert whole.scores[1]["image features"].endswith("% once")
+
+
+def test_a_resume_adds_seeds_and_methods_and_keeps_those_that_are_done(
+    settings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = main(replace(settings, method="clip-adapter")).scores
+    told = capsys.readouterr().out
+    more = main(replace(settings, compare=("zero-shot", "clip-adapter"), seeds=2, resume=True)).scores
+    assert [(r["method"], r["seed"]) for r in more] == [(m, s) for m in ("zero-shot", "clip-adapter") for s in (0, 1)]
+    assert more[2] == first[0], "with the seconds that it took then"
+    assert "computed once" in told and "clip-adapter, seed 0: 1" not in capsys.readouterr().out.replace(told, "")
+
+
+def test_results_of_another_model_are_not_taken_for_its_own(
+    settings: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(asset("tiny-clip"), tmp_path / "model")
+    main(replace(settings, method="zero-shot", model=str(model)))
+    tensors = load_file(model / "open_clip_model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, model / "open_clip_model.safetensors")
+    assert "the model was " in refused(capsys, "--config", settings.output / "config.yaml", "--resume")
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -265,15 +296,57 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert "no method 'cop'; write one of zero-shot, coop" in refused(capsys, *good, "--method", "cop")
     assert "method and compare are given" in refused(capsys, *good, "--method", "coop", "--compare", "maple")
     assert "names a method twice" in refused(capsys, *good, "--compare", "coop", "coop")
+    assert "twice: clip-lora and CLIP_LoRA" in refused(capsys, *good, "--compare", "clip-lora", "CLIP_LoRA")
+    assert "adapter is only measured" in refused(capsys, *good, "--adapter", tmp_path / "a", "--method", "coop")
+    assert "is a model of open_clip" in refused(capsys, *good, "--model", "hf-hub:A/B", "--library", "transformers")
     assert "tip-adapter knows no classes but" in refused(capsys, *good, "--method", "tip-adapter", "--base_to_new")
     assert "goes over 3 blocks" in refused(capsys, *good, "--method", "maple(depth=9)")
     assert "has no {} for the name" in refused(capsys, *good, "--templates", "a photo")
     assert "steps must be at least 1" in refused(capsys, *good, "--steps", 0)
     assert "alphas must be one or more numbers from 0 to 1" in refused(capsys, *good, "--alphas", "[2.0]")
     assert "no adapter file" in refused(capsys, *good, "--adapter", tmp_path / "none.safetensors")
-    assert "have more tokens than the 32" in refused(capsys, *good, "--templates", "a {} " + "very " * 40)
+    assert "has more than the 32 tokens that the model reads" in refused(
+        capsys, *good, "--templates", "a {} " + "very " * 40
+    )
     assert "there is no folder 'nothing'" in refused(capsys, *good, "--model", "nothing")
     assert not (tmp_path / "out").exists()
+
+
+def test_classes_that_cannot_be_told_apart_or_measured(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twins = shutil.copytree(data, tmp_path / "twins")
+    for part in COUNTS:
+        shutil.copytree(twins / part / "light_blue", twins / part / "light blue")
+    assert "two folders are the class 'light blue'" in refused(capsys, "--data", twins)
+    half = shutil.copytree(data, tmp_path / "half")
+    for name in sorted(CLASSES)[2:]:
+        shutil.rmtree(half / "test" / name)
+    line = refused(capsys, "--data", half, "--base_to_new")
+    assert "the test part of" in line and "has no picture of the classes 'red', 'été'" in line
+    one = shutil.copytree(data, tmp_path / "one")
+    for part in COUNTS:
+        for name in sorted(CLASSES)[1:]:
+            shutil.rmtree(one / part / name)
+    assert "one class, 'green'" in refused(capsys, "--data", one)
+
+
+def test_an_adapter_is_measured_with_its_own_prompts_and_on_new_classes(
+    settings: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = replace(settings, method="clip-adapter", templates=("a {} thing, drawn.",))
+    (row,) = main(made).scores
+    file = settings.output / "clip-adapter/seed-0/adapter.safetensors"
+    only = replace(settings, output=None, adapter=file)
+    assert main(only).scores[0]["test"] == row["test"]
+    (halves,) = main(replace(only, base_to_new=True)).scores
+    assert {"base", "new", "H"} <= halves.keys()
+    # that of a model alone, as `vismodal clip pairs` saves it
+    model, _, _ = vm.models.load("tiny-clip")
+    adapter = vm.adapt(model, vm.LoRA(rank=2), name="clip", seed=0)
+    alone = vm.save(adapter, settings.output / "model.safetensors")
+    (zero,) = main(replace(settings, method="zero-shot", output=settings.output / "zero")).scores
+    assert main(replace(only, adapter=alone)).scores[0]["test"] == zero["test"], "B = 0"
 
 
 def test_an_adapter_of_other_classes(
@@ -289,8 +362,8 @@ def test_an_adapter_of_other_classes(
     assert cli.main(["clip", "--data", str(fewer), "--adapter", str(files[1])]) == 0
     assert "note: adapter.safetensors was trained on other classes (it has besides 'red')" in capsys.readouterr().err
     again = ("--config", settings.output / "config.yaml", "--resume")
-    assert "holds results of other settings or data" in refused(capsys, *again, "--data", fewer)
-    assert "holds results of other settings" in refused(capsys, *again, "--shots", 2)
+    assert "holds results of other settings or data: data was" in refused(capsys, *again, "--data", fewer)
+    assert "shots was 3 and is now 2" in refused(capsys, *again, "--shots", 2)
     assert "holds a run already" in refused(capsys, *again[:2])
 
 

@@ -181,6 +181,22 @@ def test_the_temperature_is_learnt_clamped_saved_and_written(tmp_path: Any) -> N
     assert all("temperature" not in n for n, _ in fixed.named_parameters())
 
 
+@pytest.mark.parametrize(("own", "most"), [(2.0, 100.0), (4.767, math.exp(4.767))])
+def test_a_model_that_comes_with_more_than_100_keeps_it(own: float, most: float) -> None:
+    """SigLIP's is about 117: it must neither change before training, nor by being written."""
+    model: Any = clip("transformers-SigLIP").float()
+    with torch.no_grad():
+        model.logit_scale.fill_(own)
+    temperature = Temperature(model, learn=True)
+    temperature.clamp()
+    temperature.write(model)
+    assert model.logit_scale.item() == pytest.approx(own, rel=1e-7)
+    with torch.no_grad():
+        temperature.scale.add_(9)
+    temperature.clamp()
+    assert temperature.scale.exp().item() == pytest.approx(most, rel=1e-5)
+
+
 # -- several processes -----------------------------------------------------------------------------------------------
 
 

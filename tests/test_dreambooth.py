@@ -199,6 +199,14 @@ def diffusion_square(image: Image.Image) -> Image.Image:
     return square(image, 16)
 
 
+def test_a_method_s_own_learning_rates_are_kept(settings, monkeypatch):
+    monkeypatch.setattr(vm.LoRA, "rate", lambda self, tensor: 0.0 if tensor == "B" else 1.0)
+    main(replace(settings, prior=0.0, steps=2, warmup=0))
+    tensors = adapter_of(settings.output)
+    assert not any(t.any() for name, t in tensors.items() if name.endswith(".B"))
+    assert any(name.endswith(".B") for name in tensors)
+
+
 def test_caching_and_checkpointing_change_nothing(settings, tmp_path):
     whole = replace(settings, train_text_encoder=False, steps=2, prior=0.0)
     main(whole)

@@ -62,15 +62,26 @@ def test_names_options_and_what_is_not_there() -> None:
         "clip-lora(search='cache')": 'search can be "scale" here',
         "coop(lr=-1)": "lr must be a number above 0",
         "coop(": "describes no method",
+        "coop; maple": "is not one method; write several with --compare",
+        "clip-lora(weight_decay=-1)": "weight_decay must be a number of at least 0, not -1",
+        "clip-lora(weight_decay='a')": "weight_decay must be a number",
+        "tip-adapter(lr=1e-3)": "nothing is trained in tip-adapter; write tip-adapter-f",
+        "tip-adapter(train_keys=True)": "nothing is trained in tip-adapter; write tip-adapter-f",
     }.items():
         with pytest.raises(vm.InputError, match=message.replace("(", r"\(")):
             contestant(text, "open_clip", 2)
+
+
+def test_a_rate_for_all_gives_way_to_one_of_its_own() -> None:
+    rates = {text: contestant(text, "open_clip", 2, lr=0.5).lr for text in ("coop", "coop(lr=0.1)", "tip-adapter")}
+    assert rates == {"coop": 0.5, "coop(lr=0.1)": 0.1, "tip-adapter": 0.0}
 
 
 def test_who_knows_only_its_own_classes() -> None:
     tied = [name for name in RECIPES if contestant(name, "open_clip", 2).tied]
     assert tied == ["tip-adapter", "tip-adapter-f", "linear-probe"]
     assert contestant("coop(per_class=True)", "open_clip", 2).tied
+    assert contestant("tip-adapter-f(search='')", "open_clip", 2).tied
 
 
 # -- classes ---------------------------------------------------------------------------------------------------------
@@ -153,6 +164,52 @@ def test_what_acts_on_pictures_gets_pictures(method: Any, tmp_path: Path) -> Non
     assert inputs.features is None and inputs.batch([1, 0]).shape == (2, 3, 32, 32)
     adapter.detach()
     assert clf.keeps_images
+
+
+LAST = {
+    "open_clip-CLIP": "model.visual.transformer.resblocks.1*",
+    "transformers-CLIP": "model.vision_model.encoder.layers.1*",
+    "transformers-SigLIP": "model.vision_model.encoder.layers.1*",
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+@pytest.mark.parametrize("count", [0, 2])
+def test_the_last_block_is_trained_from_what_comes_before_it(name: str, count: int, tmp_path: Path) -> None:
+    """The same losses and gradients as from pictures, dropout and text side included; each picture is read once."""
+    found = []
+    for fill in (True, False):
+        clf = classifier(name)
+        method = vm.LoRA(sites=("attn.q", "mlp.up"), where=LAST[name], rank=2, dropout=0.3)
+        adapter = vm.adapt(clf, [method, vm.CoOp(tokens=2)], seed=0)
+        shake(adapter, 0.3)
+        clf.train()
+        inputs = Inputs(Pictures(noise(tmp_path), double), clf, Copies(count, 32, seed=1))
+        if fill:
+            inputs.fill(clf, 99)
+            assert inputs.prefix is not None and inputs.prefix.share > 0.3
+            assert len(inputs.prefix) == 5 * max(1, count)
+            inputs.pictures.batch = inputs.pictures.augmented = None  # type: ignore[assignment, method-assign]
+        grads = []
+        for items, copies in (([4, 0, 4], [1, 1, 0]), ([2, 1], [0, 1])):
+            torch.manual_seed(7)
+            loss = F.cross_entropy(
+                clf(inputs.batch(items, copies if count else None)), torch.tensor([0, 2, 1])[: len(items)]
+            )
+            grads += [loss.detach(), *torch.autograd.grad(loss, list(adapter.parameters()))]
+        found.append(grads)
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*found, strict=True))
+
+
+def test_what_reads_pictures_or_is_soon_over_keeps_nothing(tmp_path: Path) -> None:
+    """PromptSRC compares with the base on the same pictures, which features that have passed its prompts are not."""
+    for method, reads in ((vm.PromptSRC(depth=2), 99), (vm.LoRA(where=LAST["open_clip-CLIP"]), 9)):
+        clf = classifier()
+        vm.adapt(clf, method, seed=0)
+        clf.train()
+        inputs = Inputs(Pictures(noise(tmp_path), double), clf)
+        inputs.fill(clf, reads)
+        assert inputs.prefix is None and inputs.batch([1]).dim() == 4
 
 
 def test_text_side_methods_leave_the_image_side_alone() -> None:

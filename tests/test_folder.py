@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import threading
 import unicodedata
+import warnings
 
 import numpy as np
 import pytest
 from pictures import COLOURS, folder, picture
 from PIL import Image
 
+from vismodal.data import decode
 from vismodal.data.decode import Unusable
 from vismodal.data.folder import few, read_folder, read_labelled
 from vismodal.data.photos import read_picture
+from vismodal.data.pictures import Kept
 from vismodal.errors import InputError
 
 
@@ -59,6 +64,54 @@ def test_shots_are_drawn_by_seed_and_lacks_are_noted(tmp_path):
     assert chosen == few(found, 2, seed=0)[0] != few(found, 2, seed=3)[0]
     chosen, notes = few(found, 9, seed=0)
     assert len(chosen) == 12 and notes[0] == "class 'blue' has 4 training pictures, fewer than the 9 shots"
+
+
+# -- decoding in threads -----------------------------------------------------------------------------------------------
+
+
+def test_threads_that_overlap_leave_the_warnings_filters_as_they_were(monkeypatch):
+    """The first to come leaves first: with `catch_warnings` in each, the second would put "ignore" back for good."""
+    inside, left, before = threading.Barrier(2), threading.Event(), list(warnings.filters)
+
+    def opened(stream):
+        inside.wait(10)
+        if stream is last:
+            assert left.wait(10)
+        raise decode.Unusable("enough")
+
+    monkeypatch.setattr(decode, "_opened", opened)
+    first, last = io.BytesIO(b"1"), io.BytesIO(b"2")
+
+    def use(stream):
+        with pytest.raises(decode.Unusable):
+            decode.decode(stream)
+        left.set()
+
+    threads = [threading.Thread(target=use, args=(stream,)) for stream in (first, last)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert left.is_set() and not any(thread.is_alive() for thread in threads) and warnings.filters == before
+
+
+def test_only_pils_own_warnings_are_off_while_decoding():
+    with decode._quiet, decode._quiet:
+        warnings.warn_explicit("Corrupt EXIF data", UserWarning, "x.py", 1, module="PIL.TiffImagePlugin")
+        with pytest.raises(UserWarning, match="mine"):
+            warnings.warn_explicit("mine", UserWarning, "y.py", 1, module="mine")
+
+
+def test_a_picture_that_went_bad_meanwhile_is_named(tmp_path):
+    items = read_folder(folder(tmp_path / "d")).train
+    kept = Kept([item.path for item in items], lambda image: image.size, lambda size: 1, keep=2)
+    sizes = [(20 + i % 4, 22 - i // 4) for i in range(12)]
+    assert kept.get([5, 0, 5, 11]) == [sizes[5], sizes[0], sizes[5], sizes[11]] and set(kept.kept) == {5, 0}
+    for item in items:
+        item.path.write_bytes(b"no more")
+    assert kept.get([0, 5]) == [sizes[0], sizes[5]]  # in memory
+    with pytest.raises(InputError, match=r"red.3.png was a picture when the run began, and is so no more: its content"):
+        kept.get([11])
 
 
 # -- odd pictures are used as what they are, or named ------------------------------------------------------------------
@@ -159,6 +212,14 @@ def test_folders_that_are_refused(tmp_path, counts, change, message):
                 file.unlink()
     with pytest.raises(InputError, match=message):
         read_folder(root)
+
+
+def test_a_folder_of_data_sets_is_no_data_set(tmp_path):
+    folder(tmp_path / "all/one"), folder(tmp_path / "all/two")
+    with pytest.raises(
+        InputError, match=r"the class 'one' has no usable picture: in .*deeper \(--data .*all.one, perhaps\)"
+    ):
+        read_folder(tmp_path / "all")
 
 
 def test_other_places_are_refused(tmp_path):

@@ -60,6 +60,27 @@ def test_csv(folder: Path, sep: str) -> None:
     assert pair.texts == ('a cat, asleep; "here"', "a cat")
 
 
+def test_empty_and_repeated_captions_are_told(folder: Path) -> None:
+    rows = [{"file_name": "1.jpg", "text": ["a bus", " ", ""]}, {"file_name": "sub/2.png", "text": "a bus"}]
+    found = read_pairs(write(folder, [*rows, {"file_name": "1.jpg", "text": " a  bus"}]))
+    assert found.texts == ["a bus", "a bus"]
+    assert found.notes == (
+        "metadata.jsonl: 2 empty captions are left out, the first in line 1",
+        "metadata.jsonl: 1 captions are given again and count once, 'a bus' of 1.jpg",
+    )
+    assert found.shared == {"a bus": 2}
+    assert fitting(found, lambda texts: [], "skip")[0].notes == held_out(found, 0.5, 0)[0].notes == found.notes
+    assert read_pairs(write(folder, rows[1:])).notes == ()
+
+
+def test_spaces_and_quotes_in_a_csv(folder: Path) -> None:
+    write(folder, ["file_name, text", '1.jpg, "a cat, asleep"', "sub/2.png, a dog"], "captions.csv")
+    assert read_pairs(folder).texts == ["a cat, asleep", "a dog"]
+    write(folder, ["file_name,text", '1.jpg,"a cat', "sub/2.png,a dog"], "captions.csv")  # else one caption of two rows
+    with pytest.raises(InputError, match="a caption that begins with a quote must end with one"):
+        read_pairs(folder)
+
+
 def test_pictures_that_cannot_be_used_are_named(folder: Path) -> None:
     (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     picture(folder / "small.png", (4, 4))

@@ -417,6 +417,13 @@ def test_zero_gradient_of_A_at_the_first_step_is_not_death() -> None:
     assert adapter.unused() == []
 
 
+def test_a_detached_adapter_has_no_dead_sites_to_name() -> None:
+    adapter = vm.adapt(Net(nn.Linear(4, 4)), vm.LoRA(sites=("w",), rank=2), name="gone", sites=TABLE)
+    adapter.detach()
+    with pytest.raises(RuntimeError, match="'gone' is detached"):
+        adapter.unused()
+
+
 # -- 7: frozen ----------------------------------------------------------------------------------------------------
 
 

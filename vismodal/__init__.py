@@ -55,6 +55,7 @@ from vismodal.methods import (
     VeRA,
 )
 from vismodal.prefix.frozen import FrozenPrefix
+from vismodal.route import route
 from vismodal.site import Site, Sites, Span, Tower, Weight
 
 __version__ = "0.1.0"
@@ -116,6 +117,7 @@ __all__ = [
     "load",
     "methods",
     "models",
+    "route",
     "save",
     "sites",
     "use",

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.bank import Attached, bank_of, detach
+from vismodal.dead import unused
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.limit import Limit
 from vismodal.methods import Method
 from vismodal.pruning import Pruned, prune
+from vismodal.sharding import spread_like, whole
 
 
 class Adapter:
@@ -61,10 +63,14 @@ class Adapter:
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def _tensors(self) -> dict[str, Tensor]:
+        # a module's own state_dict puts sharded parameters back in their place, where a forward has left whole copies
+        return {f"{k}.{n}": t for k, m in self._all_modules().items() for n, t in m.state_dict().items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The adapter's tensors by "slot/site.name", gathered where they are sharded; the base is not among them."""
-        tensors = {f"{k}.{n}": t for k, m in self._all_modules().items() for n, t in m.state_dict().items()}
-        return {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
+        """The adapter's tensors by "slot/site.name"; the base is not among them. Those that FSDP2 has sharded are
+        gathered, so that all processes must ask."""
+        return {key: whole(tensor) for key, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy tensors in. Raises `InputError` naming keys that are missing, left over, or of another shape."""
@@ -91,8 +97,8 @@ class Adapter:
 
     def _copy(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for key, tensor in self.state_dict().items():
-                tensor.copy_(state[key])
+            for key, tensor in self._tensors().items():
+                tensor.copy_(spread_like(state[key], tensor))
         self._refresh(rebake=True)
 
     # -- state --
@@ -254,16 +260,7 @@ class Adapter:
         """Dead sites: those that did not run since the last call of `unused()` (or since attaching), and, after a
         backward, those none of whose tensors got a non-zero gradient. Empty when all take part, or are merged.
         Sites that `limit` leaves out are not dead."""
-        entries = [e for m in self.models.values() for p in bank_of(m).ports.values() for e in p.entries]
-        ran = {e.key for e in entries if e.ran and e.adapter == self.name}
-        for e in entries:
-            e.ran = e.ran and e.adapter != self.name
-        if self.merged:
-            return []
-        trained = any(p.grad is not None for p in self.parameters())
-        dropped = {key for part in self._parts for key in part.dropped}
-        busy = {k: m for k, m in self.modules.items() if k not in dropped and not getattr(m, "idle", False)}
-        return [k for k, m in busy.items() if k not in ran or (trained and not _has_gradient(m))]
+        return unused(self)
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, {', '.join(map(repr, self.methods.values()))})"
@@ -288,17 +285,3 @@ class Adapter:
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _has_gradient(module: nn.Module) -> bool:
-    """Whether a tensor of its own got a gradient; one that has none is no worse for that.
-
-    One of zeros counts where what the module shares got another (FacT's cores have none at step 1: V = 0)."""
-    own = [p for p in module.parameters() if p.numel()]
-    common = module.__dict__["shared"].parameters() if "shared" in module.__dict__ else ()
-    grads = [p.grad for p in own if p.grad is not None]
-    return not own or any(bool(g.any()) for g in grads) or (bool(grads) and any(_flows(p) for p in common))
-
-
-def _flows(p: nn.Parameter) -> bool:
-    return p.grad is not None and bool(p.grad.any())

@@ -60,11 +60,11 @@ def adapt(
 
     Raises `InputError` where a kind, glob or shape does not fit, or the model is wrapped. Nothing is changed then.
     """
-    models = _models(model)
+    models = models_of(model)
     _check_disjoint(models)
     for m in models.values():
         _check(m, name)
-    methods = _slots([method] if isinstance(method, Method) else method)
+    methods = slots([method] if isinstance(method, Method) else method)
     found = {prefix: discover(m, family_table(m, sites), prefix) for prefix, m in models.items()}
     built: list[tuple[str, Site, nn.Module]] = []
     shared: dict[str, nn.Module] = {}
@@ -98,7 +98,7 @@ def use(model: Models, *names: str) -> None:
 
     Of several models, each uses those that it has. Raises `InputError` for a name that none has, or one given twice.
     """
-    models = _models(model).values()
+    models = models_of(model).values()
     there = {n for m in models if BANK in m._modules for n in bank_of(m).attached}
     for name in names:
         if name not in there:
@@ -113,13 +113,14 @@ def use(model: Models, *names: str) -> None:
 def attached(model: Models) -> dict[str, Adapter]:
     """The adapters on a model by name, also on a copied or unpickled one."""
     adapters: dict[str, dict[str, nn.Module]] = {}
-    for m in _models(model).values():
+    for m in models_of(model).values():
         for name, part in (bank_of(m).attached if BANK in m._modules else {}).items():
             adapters.setdefault(name, {})[part.prefix] = m
     return {name: Adapter(models, name) for name, models in adapters.items()}
 
 
-def _models(model: Models) -> dict[str, nn.Module]:
+def models_of(model: Models) -> dict[str, nn.Module]:
+    """One model, or several by prefix, each plain. Raises `InputError` for what is none, or is wrapped."""
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     for m in models.values():
         if not isinstance(m, nn.Module):
@@ -141,18 +142,19 @@ def _models(model: Models) -> dict[str, nn.Module]:
 WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
-def _slots(methods: object) -> dict[str, Method]:
-    slots: dict[str, Method] = {}
+def slots(methods: object) -> dict[str, Method]:
+    """A list of methods by the names of their slots: "lora", "tune", "lora_1". Raises `InputError` for what is none."""
+    found: dict[str, Method] = {}
     for method in methods if isinstance(methods, Iterable) else (methods,):
         if not isinstance(method, Method):
             raise InputError(f"{method!r} is no method; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
         slot = name = type(method).__name__.lower()
-        while slot in slots:
+        while slot in found:
             slot = f"{name}_{int(slot[len(name) + 1 :] or 0) + 1}"
-        slots[slot] = method
-    if not slots:
+        found[slot] = method
+    if not found:
         raise InputError("no method given; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
-    return slots
+    return found
 
 
 def _select(sites: Sequence[Site], method: Method) -> list[Site]:

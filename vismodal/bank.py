@@ -88,11 +88,15 @@ class Bank(nn.Module):
         for port in sorted(self.ports.values(), key=lambda port: port.order):
             port.rehook()
 
-    def use(self, names: Sequence[str]) -> None:
+    def act(self, names: Sequence[str]) -> None:
         self.active = tuple(names)
+        self.refresh()
+
+    def use(self, names: Sequence[str]) -> None:
+        """The adapters that act from now on, and that alone want gradients."""
         for attached in self.attached.values():
             attached.require_grad(attached.trainable and attached.name in names)
-        self.refresh()
+        self.act(names)
 
 
 @dataclass(eq=False)

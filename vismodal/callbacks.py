@@ -80,7 +80,9 @@ class Track(Callback):
         self.accelerator.log(dict(metrics), step=step)
 
     def end(self) -> None:
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would take the process group down as well
+            tracker.finish()
+        self.accelerator.trackers.clear()  # or the next run's metrics would go there too
 
 
 class Log:

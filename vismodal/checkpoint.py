@@ -34,13 +34,19 @@ def save(adapter: Adapter, path: str | Path, metadata: Mapping[str, str] | None 
         path: a `.safetensors` file; its folder is made where it is missing.
         metadata: further header entries, such as classes or a prompt.
     """
-    header = {
+    return write_tensors(Path(path), adapter.state_dict(), header_of(adapter.methods, adapter.bases, metadata))
+
+
+def header_of(
+    methods: Mapping[str, Method], bases: Mapping[str, Fingerprint], metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The header of a file: methods by slot, bases by prefix, and what the caller adds."""
+    return {
         **(metadata or {}),
         "vismodal": FORMAT,
-        "methods": json.dumps({slot: to_json(m) for slot, m in adapter.methods.items()}, separators=(",", ":")),
-        "base": json.dumps({k: f._asdict() for k, f in adapter.bases.items()}, separators=(",", ":")),
+        "methods": json.dumps({slot: to_json(m) for slot, m in methods.items()}, separators=(",", ":")),
+        "base": json.dumps({k: f._asdict() for k, f in bases.items()}, separators=(",", ":")),
     }
-    return write_tensors(Path(path), adapter.state_dict(), header)
 
 
 def load(
@@ -57,20 +63,32 @@ def load(
     Raises `InputError` where the file is none of ours, or the model's parameters have other names or shapes than those
     it was made on. Other values (another checkpoint of the same architecture) only warn.
     """
-    header, tensors = read(path)
+    return restore(model, *read(path), path, name, trainable=trainable, sites=sites)
+
+
+def restore(
+    model: Models,
+    header: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    sites: Table | None = None,
+) -> Adapter:
+    """As `load`, of a file that was read before; `path` is what messages call it."""
     models = dict(model) if isinstance(model, Mapping) else {"": model}
-    bases: dict[str, dict[str, str]] = json.loads(header["base"])
+    methods, bases = described(header)
     if bases.keys() != models.keys():
         raise InputError(f"{path} adapts {_names(bases)}; given {_names(models)}")
-    methods = [from_json(config) for config in json.loads(header["methods"]).values()]
     name = name or Path(path).stem.replace(".", "_")
     try:
-        adapter = adapt(model, methods, name, sites=sites, seed=0)
+        adapter = adapt(model, list(methods.values()), name, sites=sites, seed=0)
     except InputError as error:
         raise InputError(f"{path} does not fit: {error}") from None
     try:
         for prefix, base in bases.items():
-            _compare(Fingerprint(**base), adapter.bases[prefix], path)
+            _compare(base, adapter.bases[prefix], path)
         adapter.load_state_dict(tensors)
     except InputError as error:
         adapter.detach()
@@ -82,12 +100,18 @@ def load(
     return adapter
 
 
+def described(header: Mapping[str, str]) -> tuple[dict[str, Method], dict[str, Fingerprint]]:
+    """What a header says: the methods by slot, and the bases by prefix."""
+    methods = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+    return methods, {prefix: Fingerprint(**base) for prefix, base in json.loads(header["base"]).items()}
+
+
 def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path) -> None:
     if made_on.shapes != given.shapes:
         raise InputError(f"it was made on {made_on.name}, and {given.name} has other parameter names or shapes")
     if not made_on.same_values(given):
         message = f"{path} was made on another checkpoint of {made_on.name}: same shapes, other values"
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
 
 
 def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -31,6 +31,10 @@ COMMANDS = {
     "predict": Command("predict", "say what is in pictures, by an adapter that classify made"),
     "clip": Command("clip", "adapt CLIP to a folder of pictures by class: prompts, adapters, caches, few-shot"),
     "clip pairs": Command("clip_pairs", "fine-tune CLIP on pictures with texts, and see what it forgets"),
+    "merge": Command("merge", "several adapters as one: sum, TIES, DARE, at the rank that you want"),
+    "resize": Command("resize", "fewer ranks in an adapter, with the error of it"),
+    "extract": Command("extract", "a LoRA out of a model that was tuned in full"),
+    "bake": Command("bake", "adapters in the weights of their model, as a folder that its own library loads"),
     "bench emoji": Command("bench_emoji", "measure methods on the embedded model: a style and a subject, by emoji"),
 }
 

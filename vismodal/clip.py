@@ -99,15 +99,32 @@ class Texts(Step):
         return encode_texts(self.model, ids)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """n L. Raises `InputError` for a text that is too long, where the tokenizer tells (that of transformers)."""
-        if not hasattr(self.tokenizer, "model_max_length"):
-            return cast(Tensor, self.tokenizer(list(texts)))
-        longest = cast(Any, self.model).config.text_config.max_position_embeddings
-        ids = self.tokenizer(list(texts), padding="max_length", max_length=longest)["input_ids"]
-        for text, row in zip(texts, ids, strict=True):
-            if len(row) > longest:
-                raise InputError(f"{text!r} has {len(row)} tokens, and the model reads {longest}; shorten it")
-        return torch.tensor(ids)
+        """n L. Raises `InputError` for a text that the model would not see in full, where the tokenizer tells."""
+        theirs = hasattr(self.tokenizer, "model_max_length")
+        if theirs:
+            longest = cast(Any, self.model).config.text_config.max_position_embeddings
+        else:
+            ids = cast(Tensor, self.tokenizer(list(texts)))
+            longest = ids.shape[1]
+        if long := too_long(self.tokenizer, texts, longest):
+            raise InputError(
+                f"{texts[long[0]]!r} has more than the {longest} tokens that the model reads; shorten the names of the "
+                "classes or the templates"
+            )
+        if not theirs:
+            return ids
+        return torch.tensor(self.tokenizer(list(texts), padding="max_length", max_length=longest)["input_ids"])
+
+
+def too_long(tokenizer: Any, texts: Sequence[str], longest: int) -> list[int]:
+    """The places of the texts that have more tokens than `longest`; none where the tokenizer is a plain function."""
+    if hasattr(tokenizer, "model_max_length"):  # of transformers, which would warn of an error to come
+        rows = tokenizer(list(texts), verbose=False)["input_ids"]
+        return [i for i, row in enumerate(rows) if len(row) > longest]
+    if not hasattr(tokenizer, "context_length"):
+        return []
+    roomy, cut = (tokenizer(list(texts), context_length=length)[:, :longest] for length in (2 * longest, longest))
+    return cast("list[int]", (roomy != cut).any(1).nonzero().flatten().tolist())
 
 
 def encode_texts(model: Any, ids: Tensor) -> Tensor:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from torch import nn
+
+from vismodal.adapter import Adapter
+from vismodal.attach import attached
 from vismodal.errors import InputError
 from vismodal.files import write_file
 from vismodal.formats.open_clip import export
@@ -13,6 +20,20 @@ from vismodal.formats.open_clip_folder import save_folder
 from vismodal.pretrained import Pretrained
 
 OPEN_CLIP, TRANSFORMERS = "open_clip", "transformers"  # names of the folders
+
+
+def write_adapted(
+    source: Pretrained, adapter: Adapter, out: Path, more: Callable[[nn.Module], object] = lambda model: None
+) -> list[str]:
+    """As `write`, with an adapter of the model in the weights; `more` changes that copy further. The model itself stays
+    as it is. A line that says so, and no folder, where a method does not merge."""
+    if lasting := [m for m in adapter.methods.values() if not m.mergeable]:
+        name = type(lasting[0]).__name__
+        return [f"not exported: {name} does not merge into the weights; use adapter.safetensors"]
+    merged: Any = copy.deepcopy(source.model)
+    attached(merged)[adapter.name].detach(keep=True)
+    more(merged)
+    return write(replace(source, model=nn.Module.eval(merged)), out)
 
 
 def write(source: Pretrained, out: Path) -> list[str]:

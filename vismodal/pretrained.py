@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vismodal import models
+from vismodal.clip import too_long
 from vismodal.errors import InputError
 
 Library = Literal["open_clip", "transformers"]
@@ -62,13 +63,7 @@ class Pretrained:
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
         """The places of the texts of which the model would not see all tokens."""
-        if self.library == "transformers":
-            rows = self.tokenizer(list(texts))["input_ids"]
-            return [i for i, row in enumerate(rows) if len(row) > self.context]
-        if not hasattr(self.tokenizer, "context_length"):  # a function of one's own
-            return []
-        roomy = self.tokenizer(list(texts), context_length=2 * self.context)[:, : self.context]
-        return (roomy != self.tokenizer(list(texts), context_length=self.context)).any(1).nonzero().flatten().tolist()
+        return too_long(self.tokenizer, texts, self.context)
 
 
 def load_clip(source: str | None, library: Library | None = None) -> Pretrained:
@@ -85,14 +80,26 @@ def load_clip(source: str | None, library: Library | None = None) -> Pretrained:
                 return _transformers(str(folder))
             raise InputError(f"{folder} holds no open_clip_config.json and no config.json; write a model's folder")
         if source.startswith("hf-hub:"):
+            _only(source, library, "open_clip", f"write {source.removeprefix('hf-hub:')} for transformers'")
             return _open_clip(source, None)
-        return _named(source)
+        return _named(source, library)
     except ModuleNotFoundError as error:
         raise InputError(f'{source} needs {error.name}; write pip install "vismodal[clip]"') from error
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the model {source!r} cannot be loaded: {error}") from error
+
+
+def hub_name(source: str | None) -> str | None:
+    """The repository on the Hub that `load_clip` would take a model from; None for one that lies elsewhere."""
+    import open_clip
+
+    if source is None or Path(source).expanduser().exists():
+        return None
+    if source.startswith("hf-hub:"):
+        return source.removeprefix("hf-hub:")
+    return source if source.count("/") == 1 and source.split("/")[0] not in open_clip.list_models() else None
 
 
 def _embedded(library: Library) -> Pretrained:
@@ -106,23 +113,33 @@ def _embedded(library: Library) -> Pretrained:
     return replace(_of_open_clip(model, preprocess, tokenizer, config), embedded=True)
 
 
-def _named(source: str) -> Pretrained:
+def _only(source: str, asked: Library | None, it_is: Library, hint: str) -> None:
+    """Raises `InputError` where a model of the other library was asked for."""
+    if asked not in (None, it_is):
+        raise InputError(f"{source} is a model of {it_is}, and library is {asked}; leave library out, or {hint}")
+
+
+def _named(source: str, library: Library | None) -> Pretrained:
     """`ARCH/TAG` of open_clip where it has such a pair, else a repository of transformers'."""
     import open_clip
 
     arch, _, tag = source.partition("/")
     if arch in open_clip.list_models():
+        _only(source, library, "open_clip", "write OWNER/NAME of transformers on the Hub")
         if tag not in open_clip.list_pretrained_tags_by_model(arch):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(arch)) or "none"
             raise InputError(f"open_clip has no weights {tag!r} of {arch}; write {arch}/TAG with one of {tags}")
-        config = {"model_cfg": open_clip.get_model_config(arch)}
-        model, preprocess = open_clip.create_model_from_pretrained(arch, pretrained=tag)
+        # open_clip only warns where weights were trained with an activation that is not the architecture's
+        quick = bool((open_clip.get_pretrained_cfg(arch, tag) or {}).get("quick_gelu"))
+        config = {"model_cfg": {**open_clip.get_model_config(arch), **({"quick_gelu": True} if quick else {})}}
+        model, preprocess = open_clip.create_model_from_pretrained(arch, pretrained=tag, force_quick_gelu=quick)
         return _of_open_clip(model, preprocess, open_clip.get_tokenizer(arch), config)
     if not tag:
         raise InputError(
             f"there is no folder {source!r}; write a model's folder, OWNER/NAME of transformers on the Hub, "
             "hf-hub:OWNER/NAME of open_clip, or ARCH/TAG such as ViT-B-32/laion2b_s34b_b79k"
         )
+    _only(source, library, "transformers", f"write hf-hub:{source} for open_clip's")
     return _transformers(source)
 
 
@@ -148,6 +165,13 @@ def _transformers(source: str) -> Pretrained:
     model, processor = AutoModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
     if not hasattr(model, "get_text_features") or not hasattr(model, "logit_scale"):
         raise InputError(f"{source} is a {type(model).__name__}; write a CLIPModel or SiglipModel")
+    if not hasattr(model.config.vision_config, "image_size"):  # NaFlex takes patches, with masks beside them
+        raise InputError(f"{source} takes pictures of any shape ({type(model).__name__}); write one of a fixed size")
+    if not (hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")):
+        raise InputError(
+            f"{source} has a {type(processor).__name__} alone; a model of pictures and texts needs the files of both, "
+            "preprocessor_config.json and the tokenizer's, beside config.json"
+        )
     return _of_transformers(model, processor)
 
 

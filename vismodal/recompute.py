@@ -25,10 +25,13 @@ class Recompute:
     def __init__(self) -> None:
         self.seen: deque[State] = deque(maxlen=16)
         self.recomputed = False
+        self.refuse = ""  # why no forward may come here just now
 
     def check(self, state: State) -> None:
         if torch.compiler.is_compiling():
             return
+        if self.refuse:
+            raise RuntimeError(self.refuse)
         if not recomputing():
             if torch.is_grad_enabled():  # a look at the base under no_grad is nothing to go back to
                 if self.recomputed:

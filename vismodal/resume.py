@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from vismodal.errors import InputError
 from vismodal.files import remove_leftovers, write_tensors
+from vismodal.sharding import spread_like, whole
 
 FORMAT = "vismodal-training-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -65,10 +66,23 @@ class Checkpoints:
         """The newest whole file, or None. Names are given to whole files only, yet a disk may lose the end of one."""
         return next((path for _, path in reversed(self._numbered()) if _is_whole(path)), None)
 
-    def save(self, step: int, adapter: Trainable, optimizer: Optimizer, extra: Mapping[str, Any] | None = None) -> Path:
-        """Writes the state after `step` steps; older files go only when the new one stands. `extra`: JSON values."""
+    def save(
+        self,
+        step: int,
+        adapter: Trainable,
+        optimizer: Optimizer,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        write: bool = True,
+    ) -> Path:
+        """Writes the state after `step` steps; older files go only when the new one stands. `extra`: JSON values.
+
+        All processes must call it, since what FSDP2 has sharded is gathered; those with `write` off only take part.
+        """
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
         state, rest = _pack(optimizer, adapter)
+        if not write:
+            return self.path(step)
         header = {"format": FORMAT, "step": step, "identity": dict(self.identity), "optimizer": rest}
         header |= {"extra": dict(extra or {}), "threads": torch.get_num_threads()}
         # one entry: safetensors writes several in random order, and equal checkpoints would be unequal files
@@ -167,7 +181,7 @@ def _pack(optimizer: Optimizer, adapter: Trainable) -> tuple[dict[str, Tensor], 
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{names[index]}.{key}"] = value
+                tensors[f"optimizer.{names[index]}.{key}"] = whole(value)
             else:
                 scalars.setdefault(names[index], {})[key] = value
     groups = [{key: value for key, value in g.items() if key != "params"} for g in state["param_groups"]]
@@ -178,10 +192,12 @@ def _unpack(optimizer: Optimizer, adapter: Trainable, tensors: Mapping[str, Tens
     if rest["class"] != type(optimizer).__name__:
         raise InputError(f"the checkpoint is of the optimiser {rest['class']}, this run has {type(optimizer).__name__}")
     state: dict[int, dict[str, Any]] = {}
+    parameters = dict(adapter.named_parameters())
     for index, name in enumerate(_names(optimizer, adapter)):
-        prefix = f"optimizer.{name}."
+        prefix, mine = f"optimizer.{name}.", parameters[name]
         found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         found = {k: v for k, v in found.items() if "." not in k}  # a longer name may begin like this one
+        found = {k: spread_like(v, mine) if v.shape == mine.shape else v for k, v in found.items()}
         found |= rest["scalars"].get(name, {})
         if found:
             state[index] = found

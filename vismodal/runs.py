@@ -78,7 +78,10 @@ def claim(output: Path | None, name: str, resume: bool, accelerator: Accelerator
     if output.exists() and not output.is_dir():
         raise InputError(f"the output {output} is a file; give a folder")
     accelerator.wait_for_everyone()  # nobody writes before all have looked
-    accelerator.project_configuration.set_directories(str(output))  # where trackers write
+    accelerator.project_configuration.set_directories(str(output))
+    accelerator.project_configuration.logging_dir = str(
+        output
+    )  # where trackers write; the line above keeps the first one
     return output
 
 

@@ -14,6 +14,10 @@ and resumed, also inside an epoch or an accumulation (which replays from its sta
 
 accelerate gives device, precision and processes. Several processes share gradients by one all-reduce of the adapter's
 flattened gradients per step: adapters are small, the models need no wrapper, and unused base parameters cost nothing.
+
+FSDP2 is for bases that do not fit: `vm.adapt`, then `fully_shard` on the blocks and on the model, then the optimiser.
+It shares the gradients itself; checkpoints gather what it sharded. All processes call `vm.save`. Callbacks run on the
+main process alone, so that they must not run a sharded model.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from vismodal.draw import generator, seed_of
 from vismodal.errors import InputError
 from vismodal.interrupt import Interrupts
 from vismodal.resume import Checkpoints, Trainable
+from vismodal.sharding import is_sharded, whole
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -194,7 +199,7 @@ class _Run:
             self._check_alive()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        totals["gradient"] = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip or math.inf)
+        totals["gradient"] = whole(nn.utils.clip_grad_norm_(self.parameters, self.plan.clip or math.inf))
         values = torch.stack([value.reshape(()) for value in totals.values()]).tolist()  # one wait for the device
         metrics = dict(zip(totals, values, strict=True)) | {"lr": self.rates[0] * rate}
         self._check_finite(metrics)
@@ -231,17 +236,27 @@ class _Run:
         """Means over all processes, of the gradients in place. A process that was asked to stop stops all."""
         if self.accelerator.num_processes == 1:
             return totals
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        parameters = [p for p in self.parameters if not is_sharded(p)]  # FSDP2 has shared the others' in its backward
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         stop = torch.tensor([float(self.stop.asked)], device=self.accelerator.device)
         parts = [*gradients, *totals.values(), stop]
         flat = self.accelerator.reduce(torch.cat([part.reshape(-1).float() for part in parts]), reduction="mean")
         *means, stop = flat.split([part.numel() for part in parts])
-        for parameter, mean in zip(self.parameters, means, strict=False):
+        for parameter, mean in zip(parameters, means, strict=False):
             parameter.grad = mean.view_as(parameter).to(parameter.dtype)
         self.stop.asked = bool(stop > 0)
         return dict(zip(totals, means[len(gradients) :], strict=True))
 
     def _check_alive(self) -> None:
+        mine = {id(p) for _, p in self.adapter.named_parameters()}
+        strange = sum(id(p) not in mine for p in self.parameters)
+        if strange:
+            raise InputError(
+                f"{strange} of the optimiser's {len(self.parameters)} parameters are not the adapter's, and would not "
+                "learn; make the optimiser from adapter.groups(lr), after pruning, calibrating and fully_shard"
+            )
+        if len({is_sharded(p) for p in self.parameters}) > 1:
+            raise InputError("some of the adapter is sharded and some is not; call fully_shard on the whole model too")
         dead = self.adapter.unused()
         if dead:
             shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
@@ -268,9 +283,9 @@ class _Run:
         if self.checkpoints is None or self.saved == self.step:
             return
         with self.stop.shielded():
-            if self.accelerator.is_main_process:
-                extra = {"scaler": self.scaler.state_dict()} if self.scaler is not None else {}
-                self.checkpoints.save(self.step, self.adapter, self.optimizer, extra)
+            extra = {"scaler": self.scaler.state_dict()} if self.scaler is not None else {}
+            write = self.accelerator.is_main_process
+            self.checkpoints.save(self.step, self.adapter, self.optimizer, extra, write=write)
             self.saved = self.step
         self.accelerator.wait_for_everyone()
 

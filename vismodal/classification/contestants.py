@@ -8,6 +8,7 @@ trials(contestant("adaptformer"), 8, seed=0)  itself, and seven others in learni
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from dataclasses import dataclass, fields, replace
@@ -36,6 +37,7 @@ LEARNING_RATES = {
     "VPT": 5e-3,
     "VeRA": 1e-2,
 }
+_LONG = 80  # characters of a folder's name; file systems allow 255 bytes
 FACTORS = (1.0, 0.3, 3.0, 0.1, 10.0)  # of learning rate and scale, the usual one first
 
 
@@ -50,8 +52,10 @@ class Contestant:
 
     @property
     def slug(self) -> str:
-        """The label as a folder's name."""
-        return re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-").lower()
+        """The label as a folder's name: its letters and digits, and a hash where that is not all it says."""
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-").lower()
+        plain = len(name) <= _LONG and re.fullmatch(r"(?:[\w.+(), =]|(?<=\de)-)*", self.label, re.ASCII)
+        return name if plain else f"{name[:_LONG]}-{hashlib.sha256(self.label.encode()).hexdigest()[:6]}"
 
     @property
     def scaled(self) -> tuple[Method, ...]:
@@ -69,9 +73,12 @@ class Contestant:
         return {"methods": [to_json(method) for method in self.scaled], "lr": self.lr}
 
 
-def contestants(texts: tuple[str, ...]) -> list[Contestant]:
-    """Of a list in which each text may hold several, divided by `;` or `,`. Raises `InputError` for two equal ones."""
-    found = [contestant(part) for text in texts for part in split(text)]
+def contestants(texts: tuple[str, ...], lr: float | None = None) -> list[Contestant]:
+    """Of a list in which each text may hold several, divided by `;` or `,`; `lr` is for those that name none.
+
+    Raises `InputError` for two equal ones.
+    """
+    found = [contestant(part, lr) for text in texts for part in split(text)]
     if not found:
         raise InputError('no method was given; write one such as lora, or several: "lora; vpt(tokens=8)"')
     slugs = [each.slug for each in found]
@@ -81,13 +88,14 @@ def contestants(texts: tuple[str, ...]) -> list[Contestant]:
     return found
 
 
-def contestant(text: str) -> Contestant:
-    """What `text` describes: one method or several joined by `+`, with options and `lr`."""
+def contestant(text: str, lr: float | None = None) -> Contestant:
+    """What `text` describes: one method or several joined by `+`, with options. The learning rate is the `lr` that is
+    written there, else the one that is given here, else the method's usual one."""
     read = [written(part) for part in split(text, "+")]
     rates = {each.own["lr"] for each in read if "lr" in each.own}
     if len(rates) > 1:
         raise InputError(f"{text}: write one lr for all of its methods, not {' and '.join(map(str, sorted(rates)))}")
-    usual = min(LEARNING_RATES.get(each.method.__name__, LEARNING_RATE) for each in read)
+    usual = lr or min(LEARNING_RATES.get(each.method.__name__, LEARNING_RATE) for each in read)
     return Contestant(text.strip(), tuple(each.make() for each in read), rates.pop() if rates else usual)
 
 

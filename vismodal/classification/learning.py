@@ -1,4 +1,4 @@
-"""Learning to classify pictures: the loss, the scores, the epoch that is kept, and what an adapter's file records.
+"""Learning to classify pictures: the loss, the scores, and the epoch that is kept.
 
 Selection sees validation data only: `Validation` scores them after every epoch and keeps the adapter of the best one.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,17 +21,18 @@ from tqdm import tqdm
 from vismodal.adapter import Adapter
 from vismodal.callbacks import Callback, Log, read_log
 from vismodal.checkpoint import read, save
-from vismodal.classification.vision import Source, Vision, as_json, logits_of
+from vismodal.classification.vision import logits_of
 from vismodal.data.views import View, Views
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
+from vismodal.files import write_file
 from vismodal.methods import Method
 from vismodal.prefix.frozen import FrozenPrefix
 from vismodal.train import Micro
 
-HEADER = "classification"  # entry of an adapter file's header
 BEST = "best.safetensors"
 EPOCHS = "validation.jsonl"
+RESULT = "result.json"
 
 
 # -- from pictures to a loss -------------------------------------------------------------------------------------------
@@ -154,7 +155,9 @@ def answers(
     training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(views), batch), desc="scoring", unit="batch", delay=5, leave=False):
+        for start in tqdm(
+            range(0, len(views), batch), desc="scoring", unit="batch", delay=5, leave=False, disable=None
+        ):
             seen = [View(i) for i in range(start, min(start + batch, len(views)))]
             with autocast():
                 parts.append(see(run, views, seen).float().cpu())
@@ -216,33 +219,17 @@ def restore_best(adapter: Adapter, folder: Path) -> None:
     adapter.load_state_dict(read(folder / BEST)[1])
 
 
+def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of a run that came to its end here with the same settings; None where there is none."""
+    file = folder / RESULT
+    told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return cast("dict[str, Any]", told["figures"]) if told.get("identity") == identity else None
+
+
+def finish(folder: Path, identity: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Leaves what `finished` finds."""
+    write_file(folder / RESULT, json.dumps({"identity": identity, "figures": figures}, indent=1) + "\n")
+
+
 def _rank(row: Mapping[str, float]) -> tuple[float, float]:
     return row["accuracy"], -row["loss"]
-
-
-# -- an adapter's file -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """What the file of a classifier's adapter says of the model that it belongs to."""
-
-    source: Source
-    classes: tuple[str, ...]
-    preprocessing: Mapping[str, Any]
-
-
-def save_classifier(adapter: Adapter, path: Path, source: Source, vision: Vision, classes: Sequence[str]) -> Path:
-    """The adapter with its base model's name, its classes and the preprocessing: all that `predict` needs."""
-    entry = {**as_json(source), "classes": list(classes), "preprocessing": dict(vision.config)}
-    return save(adapter, path, {HEADER: json.dumps(entry, ensure_ascii=False)})
-
-
-def read_classifier(path: Path) -> Classifier:
-    """Raises `InputError` where the file is no adapter, or not that of a classifier."""
-    header, _ = read(path)
-    if HEADER not in header:
-        raise InputError(f"{path} is no classifier: it was not written by vismodal classify, but by another pipeline")
-    entry = json.loads(header[HEADER])
-    source = Source(**{name: entry[name] for name in asdict(Source()) if name in entry})
-    return Classifier(source, tuple(entry["classes"]), entry["preprocessing"])

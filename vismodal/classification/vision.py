@@ -126,6 +126,8 @@ def _config(source: Source, folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise InputError(f"{folder} holds no config.json; write the folder of a model of timm or transformers")
         return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
+    if source.model.startswith((".", "/", "~")) or source.model.count("/") > 1:  # no name on the Hub, but a place
+        raise InputError(f"there is no folder {source.model}; write where the model lies (--model)")
     if "/" in source.model and not source.model.startswith(("hf-hub:", "hf_hub:", "timm/")):
         from huggingface_hub import hf_hub_download
 
@@ -152,7 +154,7 @@ def _timm(source: Source, folder: Path, classes: int) -> Vision:
     if source.weights:
         file = Path(source.weights).expanduser()
         if not file.is_file():
-            raise InputError(f"there is no checkpoint {source.weights}")
+            raise InputError(f"there is no checkpoint {source.weights}; write where it lies (--weights)")
         options["pretrained_cfg_overlay"] = {"file": str(file)}
     model = _sized(lambda **size: timm.create_model(name, **options, **size), source.image_size)
     model.reset_classifier(classes)
@@ -189,7 +191,23 @@ def _transformers(source: Source, folder: Path, classes: int) -> Vision:
         logging.set_verbosity(verbosity)
     if not isinstance(getattr(model, "classifier", None), nn.Linear):
         raise InputError(f"{source.model} is a {type(model).__name__}, which has no linear classifier; write another")
-    return Vision(model.eval().float(), from_processor(AutoImageProcessor.from_pretrained(name)))
+    processor = AutoImageProcessor.from_pretrained(name)
+    vision = Vision(model.eval().float(), from_processor(processor))
+    _check(processor, vision)
+    return vision
+
+
+def _check(processor: Any, vision: Vision) -> None:
+    """Raises `InputError` where the processor does something that its settings do not tell."""
+    y, x = torch.meshgrid(torch.arange(240), torch.arange(320), indexing="ij")
+    image = Image.fromarray(torch.stack([0.8 * x, y, 255 - 0.5 * (x + y).clamp(max=510)], -1).byte().numpy())
+    theirs, mine = processor(images=image, return_tensors="pt")["pixel_values"][0], vision.preprocess(image)
+    levels = 255 * min(vision.config["std"])  # of 255: PIL and torchvision round, and cut odd rests on another side
+    if theirs.shape != mine.shape or float((theirs - mine).abs().max()) * levels > 5:
+        raise InputError(
+            f"what {type(processor).__name__} does to a picture is not supported: it is more than resizing, "
+            "cutting out the middle and normalising"
+        )
 
 
 def from_processor(processor: Any) -> dict[str, Any]:
@@ -199,7 +217,13 @@ def from_processor(processor: Any) -> dict[str, Any]:
         raise InputError(
             f"the processor scales pixels by {processor.rescale_factor}, not by 1/255, which is not supported"
         )
-    if size.get("shortest_edge"):
+    zoom = getattr(
+        processor, "crop_pct", None
+    )  # ConvNeXt's: below 384 pixels it cuts out the middle, above it squashes
+    if size.get("shortest_edge") and zoom:
+        edge = size["shortest_edge"]
+        cut, mode, share = (edge, edge), "center" if edge < 384 else "squash", zoom if edge < 384 else 1.0
+    elif size.get("shortest_edge"):
         edge = size["shortest_edge"]
         cut = (crop["height"], crop["width"]) if getattr(processor, "do_center_crop", False) else (edge, edge)
         mode, share = "center", min(cut) / (edge + 0.5)  # timm rounds min(cut) / share down: to `edge`

@@ -75,19 +75,20 @@ def row_at(seed: int, size: int, batch: int, position: int) -> int:
 
 
 class Temperature(nn.Module):
-    """A copy of the model's logit_scale, and logit_bias where it has one; the frozen base keeps its own."""
+    """A copy of the model's logit_scale, and logit_bias where it has one; the frozen base keeps its own. `largest` is
+    the bound of exp(logit_scale): 100, or what the model comes with where that is more, as in SigLIP (about 117)."""
 
     def __init__(self, model: Any, learn: bool):
         super().__init__()
         self.scale = nn.Parameter(model.logit_scale.detach().float().reshape(()).clone(), requires_grad=learn)
         bias = getattr(model, "logit_bias", None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().reshape(()).clone(), learn)
-        self.clamp()
+        self.largest = max(LARGEST, self.scale.item())
 
     def clamp(self) -> None:
-        """exp(scale) at most 100."""
+        """exp(scale) at most what it may be."""
         with torch.no_grad():
-            self.scale.clamp_(max=LARGEST)
+            self.scale.clamp_(max=self.largest)
 
     def write(self, model: Any) -> None:
         """Into a model, in its own shapes."""

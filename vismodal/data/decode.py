@@ -1,5 +1,6 @@
-"""From a picture file's bytes to an upright RGB picture, or the reason why there is none."""
+"""From a picture file's bytes to an upright RGB picture, or the reason why there is none. Safe in several threads."""
 
+import threading
 import warnings
 from typing import IO
 
@@ -24,14 +25,42 @@ class Unusable(Exception):
     """A file that is no usable photo; the message is the reason."""
 
 
+class _Quiet:
+    """PIL's warnings are off while a thread is inside.
+
+    The filters belong to the whole process, and `warnings.catch_warnings` puts back those that it found: of two threads
+    that overlap, the one that began later would put back "ignore" for good. Here the first one in changes them and the
+    last one out puts them back.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.found = threading.Lock(), 0, warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.found = warnings.catch_warnings()
+                self.found.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.found.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
 def decode(stream: IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The upright RGB picture in an open jpg, png or webp file.
 
     Raises Unusable with the reason: another format, too small, more than `max_pixels` by its header, or damaged.
     """
     try:
-        with warnings.catch_warnings():  # PIL warns of odd EXIF and the like; here a file is used or its defect named
-            warnings.simplefilter("ignore")
+        with _quiet:  # PIL warns of odd EXIF and the like; here a file is used or its defect named
             picture = _opened(stream)
             _check_size(*picture.size, max_pixels)
             picture.load()

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from vismodal.data.decode import Unusable
 from vismodal.data.photos import is_picture, listing, read_picture
+from vismodal.data.pictures import in_parallel
 from vismodal.draw import generator
 from vismodal.errors import InputError, one_line
 
@@ -132,7 +132,10 @@ def read_labelled(root: Path, classes: Sequence[str]) -> tuple[tuple[Item, ...],
     if strange or missing:
         has = [f"has {strange[0]!r}, which the adapter does not know"] if strange else []
         has += [f"lacks {missing[0]!r}"] if missing else []
-        raise InputError(f"{root} {' and '.join(has)}: its folders must be the adapter's classes, {_few(classes)}")
+        parts = [by_class[name] for name in strange if any(name.lower() in names for names in PARTS.values())]
+        hint = f"; perhaps you mean {min(parts, key=lambda path: path.name.lower() != 'test')}" if parts else ""
+        told = f"{' and '.join(has)}: its folders must be the adapter's classes, {_few(classes)}"
+        raise InputError(f"{root} {told}{hint}")
     items = _items(root, by_class, classes, notes)
     _check({name: by_class[name] for name in classes}, items, 1, "is needed")
     return items, notes
@@ -200,18 +203,24 @@ def _classes(root: Path, folder: Path, notes: list[str]) -> dict[str, Path]:
 def _items(root: Path, by_class: dict[str, Path], classes: Sequence[str], notes: list[str]) -> tuple[Item, ...]:
     """All usable pictures, class by class in natural order; the others are noted."""
     files = [(path, classes.index(name)) for name, folder in by_class.items() for path in listing(folder)]
-    return tuple(_usable(root, tqdm(files, desc="reading", unit="file", delay=2, leave=False), notes))
-
-
-def _usable(root: Path, files: Iterator[tuple[Path, int]] | tqdm, notes: list[str]) -> Iterator[Item]:
-    for path, label in files:
-        try:
-            read_picture(path)
-            content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        except Unusable as error:
-            notes.append(one_line(f"{_shown(root, path)}: {error}"))
+    items = []
+    for (path, label), (content, reason) in zip(
+        files, in_parallel(_content, [path for path, _ in files], "reading"), strict=True
+    ):
+        if reason is None:
+            items.append(Item(path, label, content))
         else:
-            yield Item(path, label, content)
+            notes.append(one_line(f"{_shown(root, path)}: {reason}"))
+    return tuple(items)
+
+
+def _content(path: Path) -> tuple[str, str | None]:
+    """A hash of a file that holds a picture, and nothing; or the reason why it holds none."""
+    try:
+        read_picture(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16], None
+    except Unusable as error:
+        return "", str(error)
 
 
 # -- what is wrong with it ---------------------------------------------------------------------------------------------
@@ -222,6 +231,8 @@ def _check(by_class: dict[str, Path], items: Sequence[Item], least: int, why: st
     for label, (name, folder) in enumerate(by_class.items()):
         if not counts[label]:
             files = "all its files were skipped" if any(map(is_picture, listing(folder))) else "it is empty"
+            if any(os.path.isdir(inside) for inside in listing(folder)):
+                files = f"there are folders only, as where classes lie one deeper (--data {folder}, perhaps)"
             raise InputError(f"the class {name!r} has no usable picture: in {folder} {files}; add some, or delete it")
         if counts[label] < least:
             has = f"{counts[label]} picture{'s' if counts[label] > 1 else ''}"

@@ -16,8 +16,10 @@ import hashlib
 import io
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -43,10 +45,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a table of captions holds, in its order, and the pictures that were left out."""
+    """What a table of captions holds, in its order; the pictures that were left out, and notes on its captions."""
 
     pairs: tuple[Pair, ...]
     rejected: tuple[Rejected, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -65,6 +68,21 @@ class Pairs:
     def image_of(self) -> list[int]:
         return [i for i, pair in enumerate(self.pairs) for _ in pair.texts]
 
+    @property
+    def told(self) -> str:
+        """How much there is."""
+        return f"{len(self.pairs)} pictures with {len(self.texts)} captions"
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """Captions that several pictures have, with the number of these."""
+        return {text: count for text, count in Counter(self.texts).items() if count > 1}
+
+    @cached_property
+    def contents(self) -> set[bytes]:
+        """Hashes of the pictures' files."""
+        return {hashlib.sha256(pair.path.read_bytes()).digest() for pair in self.pairs}
+
 
 def read_pairs(place: Path) -> Pairs:
     """Reads a `metadata.jsonl` or `.csv`, or the one that lies in a folder. Every picture is decoded once.
@@ -74,19 +92,31 @@ def read_pairs(place: Path) -> Pairs:
     """
     table = _table(place)
     captions: dict[Path, list[str]] = {}
+    empty = []
     for number, name, texts in _rows(table):
         where = f"{table}, line {number}"
         path = _file(table.parent, name, where)
         tidy = [t for t in (" ".join(text.split()) for text in texts) if t]
         if not tidy:
             raise InputError(f"{where}: no caption for {name!r}; write one, or delete the line")
+        empty += [number] * (len(texts) - len(tidy))
         captions.setdefault(path, []).extend(tidy)
-    paths = list(captions)
-    good, rejected = usable(paths)
+    good, rejected = usable(list(captions))
     if not good:
         first = "; ".join(map(str, rejected[:3])) or "it has no rows"
         raise InputError(f"{table} names no usable picture: {first}")
-    return Pairs(tuple(Pair(paths[i], tuple(dict.fromkeys(captions[paths[i]]))) for i in good), tuple(rejected))
+    found = [(path, each) for i, (path, each) in enumerate(captions.items()) if i in set(good)]
+    pairs = tuple(Pair(path, tuple(dict.fromkeys(each))) for path, each in found)
+    notes = [f"{table.name}: {len(empty)} empty captions are left out, the first in line {empty[0]}"] if empty else []
+    if twice := [(path, t) for path, each in found for t, n in Counter(each).items() if n > 1]:
+        path, text = twice[0]
+        notes.append(f"{table.name}: {len(twice)} captions are given again and count once, {text!r} of {path.name}")
+    return Pairs(pairs, tuple(rejected), tuple(notes))
+
+
+def has_table(folder: Path) -> bool:
+    """Whether a folder holds a table of captions itself."""
+    return (folder / METADATA).is_file() or any(folder.glob("*.csv"))
 
 
 def fitting(pairs: Pairs, too_long: Callable[[Sequence[str]], list[int]], long: Long) -> tuple[Pairs, list[str]]:
@@ -108,7 +138,7 @@ def fitting(pairs: Pairs, too_long: Callable[[Sequence[str]], list[int]], long: 
     kept = [pair for pair in kept if pair.texts]
     if not kept:
         raise InputError("every caption is longer than the model's context; shorten them, or write --long truncate")
-    return Pairs(tuple(kept), pairs.rejected), told
+    return replace(pairs, pairs=tuple(kept)), told
 
 
 def held_out(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
@@ -120,7 +150,7 @@ def held_out(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
     parts = [tuple(p for i, p in enumerate(pairs.pairs) if (i in away) == out) for out in (False, True)]
     if not parts[0]:
         raise InputError(f"{len(pairs.pairs)} pictures are too few to hold some out; give more, or a val folder")
-    return Pairs(parts[0], pairs.rejected), Pairs(parts[1])
+    return replace(pairs, pairs=parts[0]), Pairs(parts[1])
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -171,15 +201,21 @@ def _json_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     first = text.split("\n", 1)[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
-    for row in reader:
-        if None in row or None in row.values():
-            fields = ", ".join(reader.fieldnames or ())
-            raise InputError(
-                f"{table}, line {reader.line_num}: not as many fields as the first line has ({fields}); put quotes "
-                'around a caption with commas in it: "a cat, sleeping"'
-            )
-        yield reader.line_num, row
+    separator = max(",;\t", key=first.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                fields = ", ".join(reader.fieldnames or ())
+                raise InputError(
+                    f"{table}, line {reader.line_num}: not as many fields as the first line has ({fields}); put quotes "
+                    'around a caption with commas in it: "a cat, sleeping"'
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(
+            f"{table}, line {reader.line_num}: {error}; a caption that begins with a quote must end with one"
+        ) from error
 
 
 def _column(table: Path, number: int, row: dict[str, Any], names: Sequence[str]) -> Any:

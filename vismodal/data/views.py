@@ -16,11 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from vismodal.data.folder import Item
-from vismodal.data.photos import read_picture
+from vismodal.data.pictures import KEEP, Kept
 from vismodal.draw import seed_of, shuffled
 from vismodal.errors import InputError
-
-KEEP = 2 << 30  # bytes of decoded pictures that stay in memory
 
 
 class View(NamedTuple):
@@ -81,14 +79,13 @@ class Views:
         seed: int = 0,
         keep: int = KEEP,
     ) -> None:
-        self.items, self.augment, self.seed, self.left = tuple(items), augment, seed, keep
+        self.items, self.augment, self.seed = tuple(items), augment, seed
         self.labels = torch.tensor([item.label for item in items])
-        self.kept: dict[int, Image.Image] = {}
-        cut, finish = evaluation(config)
+        cut, self.finish = evaluation(config)
         self.change = training(config, augment, cut) if augment.random else None
         # what is the same for all views of a picture is done once, and kept
-        self.prepare = cut if self.change is None else None
-        self.finish = finish
+        once: Callable[[Image.Image], Image.Image] = cut if self.change is None else lambda image: image
+        self.pictures = Kept([item.path for item in items], once, lambda p: 3 * p.width * p.height, keep)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -107,26 +104,15 @@ class Views:
 
     def pixels(self, views: Sequence[View]) -> Tensor:
         """b 3 h w."""
-        return torch.stack([self._view(view) for view in views])
+        pictures = self.pictures.get(view.picture for view in views)
+        return torch.stack([self._finished(view, p) for view, p in zip(views, pictures, strict=True)])
 
-    def _view(self, view: View) -> Tensor:
-        picture = self._picture(view.picture)
+    def _finished(self, view: View, picture: Image.Image) -> Tensor:
         if self.change is not None:
             with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU
                 torch.default_generator.manual_seed(seed_of(self.seed, "augment", *view))
                 picture = self.change(picture)
         return self.finish(picture)
-
-    def _picture(self, number: int) -> Image.Image:
-        if number in self.kept:
-            return self.kept[number]
-        picture = read_picture(self.items[number].path)
-        if self.prepare is not None:
-            picture = self.prepare(picture)
-        size = 3 * picture.width * picture.height
-        if size <= self.left:
-            self.kept[number], self.left = picture, self.left - size
-        return picture
 
 
 def evaluation(

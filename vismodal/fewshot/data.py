@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +15,9 @@ from vismodal.clip import CLIPClassifier, Images
 from vismodal.data.folder import Item
 from vismodal.data.pictures import Pictures
 from vismodal.draw import generator
+from vismodal.errors import InputError
+from vismodal.ports import acting
+from vismodal.prefix.frozen import FrozenPrefix
 from vismodal.pretrained import Pretrained
 
 AT_ONCE = 64  # pictures that are encoded together
@@ -35,16 +41,17 @@ PLAIN = Copies()
 
 
 class Inputs:
-    """What goes into a classifier: pictures, or their features where nothing acts within the image tower.
+    """What goes into a classifier: pictures, or features of theirs as far as these are computed once.
 
-    This is the one place for a cache: features of whole pictures are enough for prompts in texts, CLIP-Adapter and
-    Tip-Adapter; what acts in the last blocks of the tower could begin from its tokens before these.
+    Features of whole pictures are enough where nothing acts within the image tower: for prompts in texts, CLIP-Adapter
+    and Tip-Adapter. For what acts in its last blocks `fill` keeps what comes before these.
     """
 
     def __init__(self, pictures: Pictures, clf: CLIPClassifier, copies: Copies = PLAIN):
         self.pictures, self.copies = pictures, copies
         self.device = next(clf.model.parameters()).device
         self.features = self._encode(clf) if clf.keeps_images else None  # n V D
+        self.prefix: FrozenPrefix | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -52,9 +59,11 @@ class Inputs:
     def batch(self, items: Sequence[int], copies: Sequence[int] | None = None) -> Tensor:
         """b 3 h w, or b D; of each item the copy given, by default the first."""
         copies = [0] * len(items) if copies is None else copies
-        if self.features is None:
-            return self._pixels(items, copies)
-        return self.features[torch.tensor(items), torch.tensor(copies)]
+        if self.features is not None:
+            return self.features[torch.tensor(items), torch.tensor(copies)]
+        if self.prefix is not None:
+            return self._from_prefix(self.prefix, items, copies)
+        return self._pixels(items, copies)
 
     def passes(self, labels: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
         """All pictures in order with their labels, in batches; once for each copy."""
@@ -62,6 +71,39 @@ class Inputs:
             [(self.batch(items, [copy] * len(items)), labels[items]) for items in parts(len(self), AT_ONCE)]
             for copy in range(max(1, self.copies.count))
         ]
+
+    def fill(
+        self, clf: CLIPClassifier, reads: int, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        """Computes the part of the image tower that nothing acts on, of all pictures in order: rows then do not depend
+        on the batches that training draws, nor on where it was stopped.
+
+        Left alone: what acts on the whole classifier or on its image step, which may read the pictures (PromptSRC), and
+        training that `reads` fewer pictures in all than two of each.
+        """
+        if self.features is not None or acting([clf, clf.image]) or reads < 2 * len(self) * max(1, self.copies.count):
+            return
+        plain = Images(clf.model)
+        self.prefix = prefix = FrozenPrefix(clf.model, call=plain)
+        try:
+            with autocast(), torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                for items, copy in self._rounds():
+                    self._from_prefix(prefix, items, [copy] * len(items))
+                    if not prefix.share:
+                        break
+        except InputError as error:
+            print(f"note: pictures are encoded whole at every step: {error}", file=sys.stderr)
+        if not prefix.share:
+            self.prefix = None
+
+    def _from_prefix(self, prefix: FrozenPrefix, items: Sequence[int], copies: Sequence[int]) -> Tensor:
+        """Features as the model stands, with their gradients; pictures are read where nothing is kept of them."""
+        keys: list[Hashable] = list(zip(items, copies, strict=True))
+        return cast(Tensor, prefix(lambda missing: self._pixels(*zip(*cast(Any, missing), strict=True)), keys))
+
+    def _rounds(self) -> list[tuple[list[int], int]]:
+        """All pictures in order, copy by copy."""
+        return [(items, copy) for copy in range(max(1, self.copies.count)) for items in parts(len(self), AT_ONCE)]
 
     def _encode(self, clf: CLIPClassifier) -> Tensor:
         plain, rows = Images(clf.model), []  # not the classifier's own step, on which an adapter may stand
@@ -94,15 +136,15 @@ class Part:
         kept = [item for item in items if item.label in labels]
         self.pictures = Pictures([item.path for item in kept], model.preprocess)
         self.labels = torch.tensor([labels.index(item.label) for item in kept])
-        self._base: Inputs | None = None
+        self._base: dict[Copies, Inputs] = {}
 
-    def inputs(self, clf: CLIPClassifier) -> Inputs:
-        """The plain pictures. Features of the untouched image tower are computed once for all methods."""
+    def inputs(self, clf: CLIPClassifier, copies: Copies = PLAIN) -> Inputs:
+        """Features of the untouched image tower are computed once for all methods."""
         if not clf.keeps_images:
-            return Inputs(self.pictures, clf)
-        if self._base is None:
-            self._base = Inputs(self.pictures, clf)
-        return self._base
+            return Inputs(self.pictures, clf, copies)
+        if copies not in self._base:
+            self._base[copies] = Inputs(self.pictures, clf, copies)
+        return self._base[copies]
 
     def accuracy(self, clf: CLIPClassifier) -> float:
         """Share of right answers, in eval mode."""

@@ -1,5 +1,5 @@
 """Few-shot adaptation of CLIP: the methods by name with their usual settings, and the searches that use validation
-data. What goes into the classifier is in `fewshot_data`.
+data. What goes into the classifier is in `data`, what is measured in `task`, how it is trained in `trial`.
 
 The base-to-new protocol (Zhou et al. 2022, arXiv 2203.05557, section 4.1) trains on the first half of the classes and
 tests on each half among its own names; H = 2 b n / (b + n).
@@ -22,7 +22,7 @@ from vismodal.checkpoint import load, read, to_json
 from vismodal.clip import CLIPClassifier
 from vismodal.entries import written
 from vismodal.errors import InputError
-from vismodal.methods import Method
+from vismodal.methods import Method, TipAdapter
 
 Search = Literal["", "cache", "scale", "probe"]
 STRENGTHS = tuple(10.0**e for e in range(-4, 7))  # of logistic regression: sklearn's C
@@ -57,7 +57,6 @@ class Recipe:
 _CLIP_LORA = {
     "sites": ("attn.q", "attn.k", "attn.v"), "rank": 2, "alpha": 1, "rank_stabilised": True, "dropout": 0.25
 }  # fmt: skip
-_WHOLE = {"sites": ("attn.*", "mlp.*", "norm")}
 RECIPES = {
     "zero-shot": Recipe("", lr=0, embedded=0),
     "coop": Recipe("coop", {"words": "a photo of a"}, lr=2e-3),
@@ -97,7 +96,8 @@ class Contestant:
     @property
     def tied(self) -> bool:
         """Whether it knows the classes that it was trained on and no others."""
-        return self.search in ("cache", "probe") or bool(getattr(self.method, "per_class", False))
+        cache = isinstance(self.method, TipAdapter)
+        return cache or self.search == "probe" or bool(getattr(self.method, "per_class", False))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Contestant:
         return plain | {"method": json.loads(json.dumps(to_json(self.method))) if self.method else None}
 
 
-def contestant(text: str, library: str, depth: int, embedded: bool = False) -> Contestant:
+def contestant(text: str, library: str, depth: int, embedded: bool = False, lr: float | None = None) -> Contestant:
     """What a text such as "coop" or "clip-lora(rank=4, lr=2e-3)" describes, for a model of a library.
 
     Args:
@@ -115,6 +115,7 @@ def contestant(text: str, library: str, depth: int, embedded: bool = False) -> C
         library: of the model.
         depth: blocks of the shallower tower, which bounds how deep prompts go.
         embedded: whether it is the one that comes along.
+        lr: instead of the usual rate of each method that is trained, unless the text has one.
 
     Raises `InputError` naming what there is.
     """
@@ -133,13 +134,24 @@ def contestant(text: str, library: str, depth: int, embedded: bool = False) -> C
     if getattr(given.method, "depth", None):  # deep prompts, written for 12 blocks
         usual["depth"] = min(depth, given.method.depth)
     method = given.make(usual)
-    search = given.own.get("search", recipe.search)
+    own = _own(text, recipe, given.own, method)
+    usual_lr = recipe.embedded if embedded else recipe.lr
+    rate = own.get("lr", (lr or usual_lr) if usual_lr else 0.0)
+    decay = float(own.get("weight_decay", recipe.weight_decay))
+    return Contestant(text.strip(), method, rate, decay, eps=recipe.eps, search=own.get("search", recipe.search))
+
+
+def _own(text: str, recipe: Recipe, own: Mapping[str, Any], method: Method) -> Mapping[str, Any]:
+    """The settings beside the method's own options. Raises `InputError` for what it cannot have."""
+    search, decay = own.get("search", recipe.search), own.get("weight_decay", 0)
     if search not in ("", recipe.search, "scale") or (search == "scale" and not method.interpolates):
         what = '"scale"' if method.interpolates else '""'
         raise InputError(f"{text}: search can be {what} here, not {search!r}")
-    usual_own = {"lr": recipe.embedded if embedded else recipe.lr, "weight_decay": recipe.weight_decay}
-    own = {k: float(given.own.get(k, value)) for k, value in usual_own.items()}
-    return Contestant(text.strip(), method, **own, eps=recipe.eps, search=search)
+    if not isinstance(decay, int | float) or isinstance(decay, bool) or not decay >= 0:
+        raise InputError(f"{text}: weight_decay must be a number of at least 0, not {decay!r}")
+    if not recipe.lr and ("lr" in own or getattr(method, "train_keys", False)):
+        raise InputError(f"{text}: nothing is trained in tip-adapter; write tip-adapter-f, where the keys are")
+    return own
 
 
 def _written(text: str, recipe: Recipe, options: str) -> Any:
@@ -148,6 +160,8 @@ def _written(text: str, recipe: Recipe, options: str) -> Any:
     except InputError as error:
         if str(error).startswith("no method"):
             raise InputError(f"no method {text!r}; write one of {', '.join(RECIPES)}, or another's class") from None
+        if ";" in text:
+            raise InputError(f"{text!r} is not one method; write several with --compare") from None
         raise InputError(f"{text}: {error}") from None
 
 
@@ -255,15 +269,17 @@ def linear_probe(
 def load_adapter(
     clf: CLIPClassifier, path: Path, classes: Sequence[str], name: str | None = None
 ) -> tuple[Adapter, str]:
-    """An adapter that `vismodal clip` saved, at the scale that was chosen, and a note where its classes are others.
+    """An adapter that `vismodal clip` saved, at the scale that was chosen, and a note where its classes are others; or
+    one that was saved of the model alone.
 
     Raises `InputError` where it knows its own classes only and these are others.
     """
     header, _ = read(path)
-    trained = json.loads(header.get("classes", "[]"))
+    if "classes" not in header:  # of the model alone, as `vismodal clip pairs` saves it
+        return load(clf.model, path, name), ""
     methods = json.loads(header["methods"]).values()
     tied = any(m["method"] == "TipAdapter" or m.get("per_class") for m in methods)
-    note = check_classes(trained, classes, path, tied) if trained else ""
+    note = check_classes(json.loads(header["classes"]), classes, path, tied)
     adapter = load(clf, path, name)
     if scale := header.get("scale"):
         adapter.scale = float(scale)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from vismodal.attach import adapt
 from vismodal.clip import CLIPClassifier, Templates
 from vismodal.data.folder import Folder, few
 from vismodal.errors import InputError
-from vismodal.fewshot.data import Part
+from vismodal.fewshot.data import Inputs, Part
 from vismodal.fewshot.recipes import Contestant, contestant, halves, harmonic, linear_probe, load_adapter, shallow
 from vismodal.files import write_tensors
+from vismodal.fingerprint import fingerprint
 from vismodal.pretrained import Pretrained
 from vismodal.runs import known
 
@@ -32,7 +35,7 @@ class Task:
         templates: as `CLIPClassifier` takes them; a mapping goes by the folders' names.
         base_to_new: only the first half of the classes is trained; the others are measured apart.
 
-    Raises `InputError` where the model would not see a prompt in full.
+    Raises `InputError` for classes that are alike, parts without a picture, and prompts that are too long.
     """
 
     def __init__(self, folder: Folder, model: Pretrained, templates: Templates, base_to_new: bool = False):
@@ -41,15 +44,26 @@ class Task:
             templates = {_words(key): list(each) for key, each in templates.items()}
         self.templates = templates
         everything = list(range(len(folder.classes)))
+        if alike := [n for n, times in Counter(map(_words, folder.classes)).items() if times > 1]:
+            raise InputError(f"two folders are the class {alike[0]!r}: underscores are read as spaces; rename one")
         self.labels, self.new = halves(folder.classes) if base_to_new else (everything, [])
-        prompts = [p for each in self.classifier(everything).text.prompts for p in each]
-        if long := model.too_long(prompts):
-            raise InputError(
-                f"{len(long)} prompts have more tokens than the {model.context} that the model reads, such as "
-                f"{prompts[long[0]]!r}; shorten the names of the classes or the templates"
-            )
-        self.val, self.test = (Part(each, self.labels, model) for each in (folder.val, folder.test))
-        self.unseen = Part(folder.test, self.new, model) if self.new else None
+        self.classifier(everything)  # names and templates that make no sense are told before anything is written
+        self.val, self.test = (self._part(name, self.labels) for name in ("val", "test"))
+        self.unseen = self._part("test", self.new) if self.new else None
+        self._drawn: dict[tuple[int, int], Part] = {}
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Data and model, whatever their places or names."""
+        base = fingerprint(self.model.model)
+        return {"data": self.folder.digest, "the model": f"{base.shapes} {base.values}"}
+
+    def _part(self, name: str, labels: Sequence[int]) -> Part:
+        part = Part(getattr(self.folder, name), labels, self.model)
+        if not len(part.labels):
+            these = ", ".join(map(repr, self.classes(labels)[:5]))
+            raise InputError(f"the {name} part of {self.folder.root} has no picture of the classes {these}; add some")
+        return part
 
     def classes(self, labels: Sequence[int]) -> list[str]:
         """Names of the folders."""
@@ -60,10 +74,13 @@ class Task:
         names = [_words(name) for name in self.classes(labels)]
         return CLIPClassifier(self.model.model, self.model.tokenizer, names, self.templates)
 
-    def entries(self, texts: Sequence[str]) -> list[Contestant]:
+    def entries(self, texts: Sequence[str], lr: float | None = None) -> list[Contestant]:
         """The methods. Raises `InputError` for one that does not fit the model or the task, before any is trained."""
         depth = shallow(self.model.model)
-        entries = [contestant(text, self.model.library, depth, self.model.embedded) for text in texts]
+        entries = [contestant(text, self.model.library, depth, self.model.embedded, lr) for text in texts]
+        if twice := [slug for slug, times in Counter(e.slug for e in entries).items() if times > 1]:
+            same = " and ".join(entry.label for entry in entries if entry.slug == twice[0])
+            raise InputError(f"compare names a method twice: {same}")
         for entry in entries:
             if self.new and entry.tied:
                 raise InputError(f"{entry.label} knows no classes but those it was trained on; leave out base_to_new")
@@ -72,11 +89,16 @@ class Task:
         return entries
 
     def shots(self, count: int, seed: int) -> Part:
-        """The training pictures that a seed draws; all of them where `count` is 0."""
-        items, notes = few(self.folder, count, seed) if count else (self.folder.train, [])
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        return Part(items, self.labels, self.model)
+        """The training pictures that a seed draws, the same for all methods; all of them where `count` is 0."""
+        key = count, seed if count else 0
+        if key not in self._drawn:
+            items, notes = few(self.folder, count, seed) if count else (self.folder.train, [])
+            others = tuple(f"class {name!r} has" for name in self.classes(self.new))
+            for note in notes:
+                if not note.startswith(others):
+                    print(f"note: {note}", file=sys.stderr)
+            self._drawn[key] = Part(items, self.labels, self.model)
+        return self._drawn[key]
 
     # -- measuring --
 
@@ -118,10 +140,12 @@ class Task:
         return plain | {"scale": str(adapter.scale)}
 
 
-def caches(clf: CLIPClassifier) -> dict[str, str]:
+def caches(clf: CLIPClassifier, inputs: Inputs | None = None) -> dict[str, str]:
     """Which features are computed once, and which at every step since the method acts on them."""
-    kept = {"text features": clf.keeps_text, "image features": clf.keeps_images}
-    return {name: "once" if once else "at every step" for name, once in kept.items()}
+    images = "once" if clf.keeps_images else "at every step"
+    if inputs is not None and inputs.prefix is not None:
+        images = f"{100 * inputs.prefix.share:.0f}% once"
+    return {"text features": "once" if clf.keeps_text else "at every step", "image features": images}
 
 
 def _words(name: str) -> str:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.errors import InputError
-from vismodal.methods.bottleneck import drawn, zeros
+from vismodal.methods.initial import drawn, zeros
 from vismodal.methods.lowrank import LowRankMethod, Own
 from vismodal.methods.spectrum import Spectrum
 from vismodal.site import Site

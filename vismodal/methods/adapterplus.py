@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method
-from vismodal.methods.bottleneck import Bottleneck, check_sizes, drawn, truncated
+from vismodal.methods.bottleneck import Bottleneck
+from vismodal.methods.initial import check_sizes, drawn, truncated
 from vismodal.site import Site
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vismodal.methods.base import Built, Method
-from vismodal.methods.bottleneck import Bottleneck, check_branches, check_sizes, kaiming, on_branch, zeros
+from vismodal.methods.bottleneck import Bottleneck, check_branches, on_branch
+from vismodal.methods.initial import check_sizes, kaiming, zeros
 from vismodal.site import Site
 
 

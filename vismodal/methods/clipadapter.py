@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule
-from vismodal.methods.bottleneck import drawn, kaiming
+from vismodal.methods.initial import drawn, kaiming
 from vismodal.site import Site
 
 

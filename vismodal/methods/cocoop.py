@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule
-from vismodal.methods.bottleneck import drawn, kaiming, linear
 from vismodal.methods.deepprompts import Context, context, start_of
+from vismodal.methods.initial import drawn, kaiming, linear
 from vismodal.methods.tokens import overwrite
 from vismodal.site import Site
 

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule
-from vismodal.methods.bottleneck import check_branches, check_sizes, drawn, linear, on_branch, zeros
+from vismodal.methods.bottleneck import check_branches, on_branch
+from vismodal.methods.initial import check_sizes, drawn, linear, zeros
 from vismodal.site import Site
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vismodal.clip import Texts
 from vismodal.errors import InputError
 from vismodal.methods.base import SpanModule
-from vismodal.methods.bottleneck import drawn
+from vismodal.methods.initial import drawn
 from vismodal.methods.tokens import drop, join, overwrite
 from vismodal.site import Site
 

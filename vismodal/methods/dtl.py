@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule
 from vismodal.methods.blocks import along, taps
-from vismodal.methods.bottleneck import drawn, kaiming, zeros
+from vismodal.methods.initial import drawn, kaiming, zeros
 from vismodal.site import Layout, Site
 
 

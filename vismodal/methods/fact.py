@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule, share
-from vismodal.methods.bottleneck import check_sizes, drawn, kaiming, zeros
+from vismodal.methods.initial import check_sizes, drawn, kaiming, zeros
 from vismodal.methods.layers import down, is_matrix, is_plain, matrix, stack, up
 from vismodal.site import Site
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method
-from vismodal.methods.bottleneck import Serial, check_branches, check_sizes, on_branch, truncated
+from vismodal.methods.bottleneck import Serial, check_branches, on_branch
+from vismodal.methods.initial import check_sizes, truncated
 from vismodal.site import Site
 
 

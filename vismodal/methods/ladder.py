@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule
 from vismodal.methods.blocks import along, over_all_blocks
-from vismodal.methods.bottleneck import drawn, zeros
+from vismodal.methods.initial import drawn, zeros
 from vismodal.methods.pruned import Block, Norm, blocks_of, channels_of, prune
 from vismodal.site import Layout, Site
 

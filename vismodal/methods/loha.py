@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule
-from vismodal.methods.bottleneck import drawn, zeros
+from vismodal.methods.initial import drawn, zeros
 from vismodal.methods.layers import add_product, is_matrix, is_plain, matrix, stack
 from vismodal.quantised import is_quantised
 from vismodal.site import Site

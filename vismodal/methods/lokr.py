@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule
-from vismodal.methods.bottleneck import drawn, kaiming, zeros
+from vismodal.methods.initial import drawn, kaiming, zeros
 from vismodal.methods.layers import Conv, add_rows, channel_axis, columns_of, is_matrix, is_plain, matrix
 from vismodal.site import Site
 

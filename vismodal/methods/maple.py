@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, share
-from vismodal.methods.bottleneck import drawn
 from vismodal.methods.deepprompts import (
     DeepTexts,
     ImagePrompts,
@@ -30,6 +29,7 @@ from vismodal.methods.deepprompts import (
     why_no_images,
     why_no_text,
 )
+from vismodal.methods.initial import drawn
 from vismodal.site import Site
 
 

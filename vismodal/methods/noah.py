@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule, WeightModule
 from vismodal.methods.base import Part as WeightPart
-from vismodal.methods.bottleneck import Bottleneck, linear, on_branch, zeros
+from vismodal.methods.bottleneck import Bottleneck, on_branch
+from vismodal.methods.initial import linear, zeros
 from vismodal.methods.layers import is_matrix
 from vismodal.methods.lowrank import LowRank
 from vismodal.methods.subnets import Part, Sizes, Space

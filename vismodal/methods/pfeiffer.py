@@ -16,7 +16,8 @@ from typing import ClassVar
 from torch.nn import functional as F
 
 from vismodal.methods.base import Built, Method
-from vismodal.methods.bottleneck import Serial, check_branches, check_sizes, kaiming, on_branch, zeros
+from vismodal.methods.bottleneck import Serial, check_branches, on_branch
+from vismodal.methods.initial import check_sizes, kaiming, zeros
 from vismodal.site import Site
 
 

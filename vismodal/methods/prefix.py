@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule, share
-from vismodal.methods.bottleneck import drawn, kaiming, zeros
+from vismodal.methods.initial import drawn, kaiming, zeros
 from vismodal.methods.tokens import JoinedKeys, key_width, refuse, why_no_keys
 from vismodal.site import Site
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.blocks import along
-from vismodal.methods.bottleneck import drawn, zeros
+from vismodal.methods.initial import drawn, zeros
 from vismodal.quantised import values
 from vismodal.site import Site
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule, share
-from vismodal.methods.bottleneck import check_sizes, drawn, linear, zeros
+from vismodal.methods.initial import check_sizes, drawn, linear, zeros
 from vismodal.quantised import values
 from vismodal.site import Site
 

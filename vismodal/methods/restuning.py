@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule
 from vismodal.methods.blocks import along, over_all_blocks
-from vismodal.methods.bottleneck import drawn, zeros
+from vismodal.methods.initial import drawn, zeros
 from vismodal.site import Site
 
 xavier = nn.init.xavier_uniform_

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Part, WeightModule
-from vismodal.methods.bottleneck import drawn, zeros
+from vismodal.methods.initial import drawn, zeros
 from vismodal.methods.layers import add_rows, channel_axis, is_plain, is_quantised_linear, matrix, multiply
 from vismodal.site import Site
 

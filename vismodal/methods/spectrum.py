@@ -1,4 +1,4 @@
-"""The singular value decomposition of an update that is a product, without forming it, and its factors again."""
+"""The singular value decomposition of an update, of a product without forming it, and its factors again."""
 
 from __future__ import annotations
 
@@ -35,11 +35,32 @@ def spectrum(A: Tensor, B: Tensor, strength: float) -> Spectrum:
 
     Raises `InputError` where values are not finite.
     """
-    A, B = (t.detach().to("cpu", torch.float64) for t in (A.flatten(1), B))
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise InputError("values of the adapter are not finite, so there is no best approximation; train it again")
+    A, B = _finite(A.flatten(1)), _finite(B)
     Q_out, R_out = torch.linalg.qr(B)
     Q_in, R_in = torch.linalg.qr(A.t())
     U, S, V = torch.linalg.svd(R_out @ R_in.t())
     n = len(S)
     return Spectrum(Q_out @ U[:, :n], strength * S, V[:n] @ Q_in.t())
+
+
+@torch.no_grad()
+def decompose(D: Tensor) -> Spectrum:
+    """Of a matrix that is no product: out x in, or more axes that count as one. Raises `InputError` as `spectrum`."""
+    D = _finite(D.flatten(1))
+    if D.shape[0] > D.shape[1]:
+        V, S, U = decompose(D.t())
+        return Spectrum(U.t(), S, V.t())
+    # by the small Gram matrix, many times as fast; the values themselves are lengths, so that small ones stay right
+    _, U = torch.linalg.eigh(D @ D.t())
+    P = U.t() @ D
+    S, order = torch.linalg.vector_norm(P, dim=1).sort(descending=True)
+    unit = torch.eye(*D.shape, dtype=D.dtype)
+    V = torch.where(S[:, None] > 0, P[order] / S.clamp(min=torch.finfo(D.dtype).tiny)[:, None], unit)
+    return Spectrum(U[:, order], S, V)
+
+
+def _finite(t: Tensor) -> Tensor:
+    t = t.detach().to("cpu", torch.float64)
+    if not t.isfinite().all():
+        raise InputError("values of the adapter are not finite, so there is no best approximation; train it again")
+    return t

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, Part, WeightModule
-from vismodal.methods.bottleneck import drawn
+from vismodal.methods.initial import drawn
 from vismodal.methods.rows import has_output_rows, is_scalable, over_output, over_rows
 from vismodal.site import Site
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import SpanModule
-from vismodal.methods.bottleneck import drawn
+from vismodal.methods.initial import drawn
 from vismodal.site import Site
 
 

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.methods.base import Built, Method, SpanModule
-from vismodal.methods.bottleneck import Bottleneck, drawn, kaiming, linear, zeros
+from vismodal.methods.bottleneck import Bottleneck
+from vismodal.methods.initial import drawn, kaiming, linear, zeros
 from vismodal.methods.tokens import JoinedKeys, key_width, refuse, why_no_keys
 from vismodal.site import Site
 

@@ -77,9 +77,7 @@ class Cut:
         values = record(self.kept, run)
         return [t for point in self.kept for t in tensors_in(values[point])]
 
-    def replay(
-        self, run: Callable[[], Any], tensors: Sequence[Tensor], skipped: Collection[Point] | None = None
-    ) -> Any:
+    def replay(self, run: Callable[[], Any], tensors: Sequence[Tensor]) -> Any:
         """The forward with these tensors at the kept points."""
         left, values = iter(tensors), {}
         for point in self.kept:

@@ -21,7 +21,8 @@ _NUMBERED = 15  # classes with numbers in its cells
 LEGEND = (
     "Accuracy and macro-F1 in percent, mean ± standard deviation over the seeds. Validation accuracy alone chooses the "
     "epoch, the learning rate and the scale; test data decides nothing. Beside it the test accuracy of the last epoch. "
-    "Scale: factor on the method's own. Seconds: of training and validating."
+    "Macro-F1 is of test data, or of validation data where there is no test. Scale: factor on the method's own. "
+    "Seconds: of training and validating."
 )
 
 

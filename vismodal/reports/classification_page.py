@@ -57,11 +57,24 @@ def write_all(output: Path, shown: Shown, logits: Tensor, base: str, hub: str | 
     return for_terminal
 
 
+def about(folder: Folder, base: str, epochs: int, shots: int) -> str:
+    """What was adapted to what, in a line."""
+    few = f" ({shots} shots of each class)" if shots else ""
+    parts = f"{len(folder.train)} pictures for training{few}, {len(folder.val)} for validation"
+    tested = f", {len(folder.test)} for the test" if folder.test else ""
+    return f"{base} on {folder.root.name}: {len(folder.classes)} classes; {parts}{tested}; {epochs} epochs"
+
+
+def _public(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Settings and values: without places on this machine, what was left open, and `method` where `compare` counts."""
+    private = {*_PRIVATE, *(["method"] if settings.get("compare") else [])}
+    return [[name, str(value)] for name, value in settings.items() if name not in private and value not in (None, ())]
+
+
 def write_page(output: Path, shown: Shown, logits: Tensor) -> Path:
     """report.html."""
     best, items = shown.best, shown.folder.test or shown.folder.val
     name = f"{best.label}, seed {best.seed}"
-    public = [[key, str(value)] for key, value in shown.settings.items() if key not in _PRIVATE and value is not None]
     sections = [
         ("Results", html.paragraph(shown.about) + html.rows(HEAD, [cells(o) for o in shown.results])),
         ("What the figures mean", html.paragraph(LEGEND)),
@@ -69,7 +82,7 @@ def write_page(output: Path, shown: Shown, logits: Tensor) -> Path:
         (f"Confusion on {shown.part}: {name}", html.picture(output / "confusion.png", "confusion matrix")),
         (f"Mistakes on {shown.part}, the surest first", _mistakes(shown.folder.classes, items, logits)),
         ("Left out, and noted", html.bullets(shown.folder.notes) if shown.folder.notes else html.paragraph("nothing")),
-        ("Settings", html.rows(["setting", "value"], public)),
+        ("Settings", html.rows(["setting", "value"], _public(shown.settings))),
     ]
     return write_file(output / "report.html", html.page(f"vismodal classify: {shown.folder.root.name}", sections))
 
@@ -106,7 +119,6 @@ def write_card(output: Path, shown: Shown, base: str, hub: str | None) -> Path:
         model_name=output.name,
         eval_results=[figure],
     )
-    lines = [f"| {k} | `{v}` |" for k, v in shown.settings.items() if k not in _PRIVATE and v is not None]
     body = _CARD.format(
         label=shown.best.label,
         seed=shown.best.seed,
@@ -120,7 +132,7 @@ def write_card(output: Path, shown: Shown, base: str, hub: str | None) -> Path:
         table=markdown(HEAD, [cells(outcomes) for outcomes in shown.results]),
         legend=LEGEND,
         about=shown.about,
-        settings="\n".join(["| setting | value |", "| --- | --- |", *lines]),
+        settings=markdown(["setting", "value"], [[name, f"`{value}`"] for name, value in _public(shown.settings)]),
     )
     return write_file(output / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
 

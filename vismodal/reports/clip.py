@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vismodal.clip import Templates
 from vismodal.files import write_file
+from vismodal.pretrained import hub_name
 from vismodal.table import markdown
 
 SCORES = {"test": "accuracy", "base": "base", "new": "new", "H": "H"}
@@ -29,6 +31,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "seeds": len(each),
             **{key: _mean([r[key] for r in each]) for key in SCORES if key in each[0]},
             "parameters": each[0]["parameters"],
+            "lr": each[0].get("lr", 0.0),
             "seconds": statistics.mean(r["seconds"] for r in each),
             "text": each[0]["text features"],
             "images": each[0]["image features"],
@@ -45,10 +48,10 @@ def few_shot_table(results: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
     """Head and rows."""
     rows = summary(results)
     scores = [key for key in SCORES if key in rows[0]]
-    head = ["method", *(SCORES[s] for s in scores), "parameters", "training, s", "text features", "image features"]
-    return head, [
-        [r["method"], *(_percent(r[s], r["seeds"]) for s in scores), f"{r['parameters']:,}", f"{r['seconds']:.0f}",
-         r["text"], r["images"]]
+    costs = ["parameters", "rate", "seconds", "text features", "image features"]
+    return ["method", *(SCORES[s] for s in scores), *costs], [
+        [r["method"], *(_percent(r[s], r["seeds"]) for s in scores), f"{r['parameters']:,}",
+         f"{r['lr']:g}" if r["lr"] else "", f"{r['seconds']:.0f}", r["text"], r["images"]]
         for r in rows
     ]  # fmt: skip
 
@@ -67,20 +70,34 @@ def accuracy_plot(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.errorbar(means, range(len(rows)), xerr=spread, fmt="o", color=colour, capsize=3, label=SCORES[key])
     axes.set_yticks(range(len(rows)), [r["method"] for r in rows])
     axes.set_xlabel("accuracy on test data, %")
+    axes.set_ylim(-0.5, len(rows) - 0.5)
     axes.grid(axis="x", alpha=0.3)
     if "base" in rows[0]:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
+
+
+def described(templates: Templates) -> list[str]:
+    """Templates in words."""
+    if isinstance(templates, Mapping):
+        return ["of each class its own"]
+    each = [templates] if isinstance(templates, str) or callable(templates) else list(templates)
+    return [one if isinstance(one, str) else "a function of the name" for one in each]
 
 
 def few_shot_card(folder: Path, results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
     """README.md of a run of `vismodal clip`."""
     head, rows = few_shot_table(results)
-    names = ", ".join(dict.fromkeys(r["method"] for r in results))
+    names = list(dict.fromkeys(r["method"] for r in results))
+    seeds = settings["seeds"]
     body = _FEW_SHOT.format(
-        names=names, model=_model(settings["model"]), table=markdown(head, rows), shots=settings["shots"] or "all",
-        seeds=settings["seeds"], settings=_settings(settings, ("model", "data", "output", "resume", "adapter")),
-    )  # fmt: skip
+        names=", ".join(names) if len(names) < 4 else f"{len(names)} methods",
+        model=_model(settings["model"]),
+        table=markdown(head, rows),
+        shots=settings["shots"] or "all",
+        seeds="one seed" if seeds == 1 else f"{seeds} seeds",
+        settings=_settings(settings, ("model", "data", "output", "resume", "adapter")),
+    )
     return _card(folder, settings["model"], "zero-shot-image-classification", ["clip", "few-shot", "vismodal"], body)
 
 
@@ -109,13 +126,18 @@ def pairs_table(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def pairs_card(
-    folder: Path, rows: Sequence[Mapping[str, float]], settings: Mapping[str, Any], parameters: int, exports: str
+    folder: Path,
+    rows: Sequence[Mapping[str, float]],
+    settings: Mapping[str, Any],
+    parameters: int,
+    data: Mapping[str, str],
+    exports: str,
 ) -> Path:
-    """README.md of a run of `vismodal clip pairs`."""
-    private = ("model", "pairs", "retain", "output", "resume")
+    """README.md of a run of `vismodal clip pairs`; `data` says how much there is of "train" and "val"."""
+    private = ("model", "pairs", "val", "retain", "output", "resume")
     body = _PAIRS.format(
         method=settings["method"], model=_model(settings["model"]), table=pairs_table(rows), parameters=parameters,
-        exports=exports, settings=_settings(settings, private),
+        **data, exports=exports, settings=_settings(settings, private),
     )  # fmt: skip
     return _card(folder, settings["model"], "zero-shot-image-classification", ["clip", "retrieval", "vismodal"], body)
 
@@ -128,15 +150,19 @@ def _model(source: str | None) -> str:
 
 
 def _settings(settings: Mapping[str, Any], private: Sequence[str]) -> str:
-    rows = [[key, f"`{value}`"] for key, value in settings.items() if key not in private and value is not None]
+    rows = [[key, _setting(value)] for key, value in settings.items() if key not in private and value is not None]
     return markdown(["setting", "value"], rows)
+
+
+def _setting(value: Any) -> str:
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return ", ".join(f"`{each}`" for each in value) if several else f"`{value}`"
 
 
 def _card(folder: Path, source: str | None, task: str, tags: list[str], body: str) -> Path:
     from huggingface_hub import ModelCard, ModelCardData
 
-    hub = source if source and not Path(source).exists() and source.count("/") == 1 else None
-    data = ModelCardData(base_model=hub, pipeline_tag=task, tags=tags)
+    data = ModelCardData(base_model=hub_name(source), pipeline_tag=task, tags=tags)
     return write_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
 
 
@@ -158,23 +184,25 @@ def _save(figure: Any, path: Path) -> Path:
 _FEW_SHOT = """\
 # {names} on {model}
 
-Trained with [vismodal](https://pypi.org/project/vismodal/) on {shots} pictures a class, {seeds} seed(s). Accuracy in
-percent on test data, which decided nothing; with several seeds mean ± deviation.
+Trained with [vismodal](https://pypi.org/project/vismodal/) on {shots} pictures a class, {seeds}. Accuracy in percent on
+test data, which decided nothing; with several seeds mean ± deviation. `rate` is AdamW's learning rate; the last columns
+say which features were computed once, and which at every step.
 
 {table}
 
 ![accuracy](accuracy.png)
 
-To use an adapter, with the model's own `model`, `preprocess` and `tokenizer`:
+To use the adapter of a method, with the model's own `model`, `preprocess` and `tokenizer`:
 
 ```python
 import json, vismodal as vm
 from vismodal.checkpoint import read
 
-header, _ = read("adapter.safetensors")
+file = "METHOD/seed-0/adapter.safetensors"
+header, _ = read(file)
 prompts = json.loads(header["prompts"])  # by class
 classifier = vm.CLIPClassifier(model, tokenizer, list(prompts), prompts)
-adapter = vm.load(classifier, "adapter.safetensors")
+adapter = vm.load(classifier, file)
 adapter.scale = float(header.get("scale", 1))
 logits = classifier.eval()(preprocess(picture)[None])
 ```
@@ -184,9 +212,9 @@ logits = classifier.eval()(preprocess(picture)[None])
 _PAIRS = """\
 # {method} on pictures and their texts, from {model}
 
-Trained with [vismodal](https://pypi.org/project/vismodal/): {parameters:,} parameters. In percent, on pairs that
-training did not see; `zero-shot` is the accuracy on other data, which training should not cost too much. alpha lies
-between the base (0) and the adapted model (1).
+Trained with [vismodal](https://pypi.org/project/vismodal/): {parameters:,} parameters on {train}. In percent, on
+{val} that training did not see; `zero-shot` is the accuracy on other data, which training should not cost too
+much. alpha lies between the base (0) and the adapted model (1).
 
 {table}
 
