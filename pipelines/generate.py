@@ -50,7 +50,7 @@ class Config:
         prompts_file: text file with a prompt on each line, tags as above.
         adapters: files of vismodal, folders of runs, or checkpoints of a run; NAME=FILE gives one a name for tags.
         strengths: how strongly they act, one for each or one for all: 0 is the base, 1 the adapter.
-        sweep: strengths to try instead: a sheet for each prompt and seed, with a row for each adapter, which acts alone.
+        sweep: strengths to try instead: a sheet for each prompt and seed, with a row for each adapter, acting alone.
         seeds: of the pictures of each prompt; from one seed on, `count` of them. Without it, drawn, and printed.
         count: pictures of each prompt.
         like: a png of an earlier run: all of its settings, but for those that are given.
@@ -136,7 +136,9 @@ def checked(config: Config) -> tuple[Config, Settings | None]:
         raise InputError("sweep says the strengths of all adapters; leave out strengths and tags")
     runs.at_least(config, 1, "count", "batch")
     if len(config.seeds) > 1 and config.count > 1:
-        raise InputError(f"{len(config.seeds)} seeds and count {config.count} are given; give one seed, or leave out count")
+        raise InputError(
+            f"{len(config.seeds)} seeds and count {config.count} are given; give one seed, or leave out count"
+        )
     first = config.seeds[0] if config.seeds else secrets.randbelow(2**32)
     if min((first, *config.seeds)) < 0 or max((first + config.count, *config.seeds)) >= 2**63:
         raise InputError(f"seeds are numbers from 0 to 2^63 - 1, not {', '.join(map(str, config.seeds))}")
@@ -211,7 +213,11 @@ def uses_of(config: Config, files: Mapping[str, AdapterFile], before: Settings |
 
 
 def write_results(
-    config: Config, files: Mapping[str, AdapterFile], requests: Sequence[Request], images: Sequence[Image.Image], base: Fingerprint
+    config: Config,
+    files: Mapping[str, AdapterFile],
+    requests: Sequence[Request],
+    images: Sequence[Image.Image],
+    base: Fingerprint,
 ) -> Result:
     """The pictures with their settings, the sheets and the run's settings; then tells the seeds."""
     output = known(config.output)

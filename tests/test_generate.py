@@ -48,14 +48,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dog (UNet and text encoder), style (UNet), prompt (VPT, which has no strengths between 0 and 1)."""
+    """dog (UNet and text encoder), style (UNet), words (Prefix, which has no strengths between 0 and 1)."""
     folder = tmp_path_factory.mktemp("adapters")
     pipe = load_pipeline(model)
     both = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     made = {
         "dog": vm.adapt(both, vm.LoRA(sites=("attn.*",), rank=2), "dog"),
         "style": vm.adapt({"unet": pipe.unet}, vm.LoRA(sites=("attn.*", "conv"), rank=2), "style"),
-        "words": vm.adapt({"text_encoder": pipe.text_encoder}, vm.VPT(tokens=2), "words"),
+        "words": vm.adapt({"unet": pipe.unet}, vm.Prefix(tokens=2), "words"),
     }
     for seed, (name, adapter) in enumerate(made.items()):
         vm.save(shaken(adapter, seed), folder / f"{name}.safetensors", {"prompt": "a sks dog"})
@@ -229,9 +229,9 @@ def test_adapters_that_do_not_fit_are_told(model: Path, files: Path, tmp_path: P
         shelf.row([Use("cat")])
     with pytest.raises(vm.InputError, match="named twice"):
         shelf.row([Use("dog"), Use("dog", 0.5)])
-    with pytest.raises(vm.InputError, match=r"words\.safetensors: VPT cannot be interpolated: scale must be 0 or 1"):
+    with pytest.raises(vm.InputError, match=r"words\.safetensors: Prefix cannot be interpolated: scale must be 0 or 1"):
         shelf.row([Use("words", 0.5)])
-    assert not vm.attached(shelf.models["text_encoder"])  # nothing is left of what was refused
+    assert not vm.attached(shelf.models["unet"])  # nothing is left of what was refused
     tiny_pipeline(tmp_path / "wide", cross=24)
     with pytest.raises(vm.InputError, match="does not fit"):
         Shelf(load_pipeline(tmp_path / "wide"), given).row([Use("dog")])
@@ -265,7 +265,9 @@ def test_pictures_carry_their_settings_and_can_be_drawn_again(config: Config, fi
         [],
     ]
     assert [each.prompt for each in read] == ["a cat", "a döner", "a cup"]
-    assert {(e.seed, e.steps, e.guidance, e.size, e.negative, e.model) for e in read} == {(7, 2, 5.0, 16, "blue", "tiny")}
+    assert {(e.seed, e.steps, e.guidance, e.size, e.negative, e.model) for e in read} == {
+        (7, 2, 5.0, 16, "blue", "tiny")
+    }
     text = b"".join(path.read_bytes() for path in result.pictures)
     assert str(files).encode() not in text  # places are nobody's business
     assert str(tmp_path).encode() not in text
@@ -336,10 +338,10 @@ def test_a_sweep_has_a_sheet_for_each_prompt_and_seed(config: Config) -> None:
     assert np.abs(pixels(result.pictures[zero]) - pixels(result.pictures[half])).max() > 1
     sheet = pixels(result.sheets[0])  # the cell of dog at 0.5, eight times as large
     cell = pixels(result.pictures[half]).repeat(8, 0).repeat(8, 1)
-    columns = [x for x in range(sheet.shape[1] - 128) if np.array_equal(sheet[-2 * 132 : -132][:128, x : x + 128], cell)]
-    rows_of_second = [
-        x for x in range(sheet.shape[1] - 128) if np.array_equal(sheet[-132:][:128, x : x + 128], cell)
+    columns = [
+        x for x in range(sheet.shape[1] - 128) if np.array_equal(sheet[-2 * 132 : -132][:128, x : x + 128], cell)
     ]
+    rows_of_second = [x for x in range(sheet.shape[1] - 128) if np.array_equal(sheet[-132:][:128, x : x + 128], cell)]
     assert len(columns) == 1
     assert rows_of_second == []
 
@@ -347,7 +349,9 @@ def test_a_sweep_has_a_sheet_for_each_prompt_and_seed(config: Config) -> None:
 def test_a_sheet_puts_each_picture_in_its_place() -> None:
     colours = [["#100000", "#200000", "#300000"], ["#400000", "#500000", "#600000"]]
     cells = [[Image.new("RGB", (64, 32), c) for c in row] for row in colours]
-    sheet = xy_sheet(cells, ["a very long name that goes over several lines of the sheet", "b"], ["x", "y", "z"], "title")
+    sheet = xy_sheet(
+        cells, ["a very long name that goes over several lines of the sheet", "b"], ["x", "y", "z"], "title"
+    )
     row = [[sheet.getpixel((sheet.width - (3 - k) * 260 + 60, sheet.height - (2 - i) * 132 + 60))[0] for k in range(3)]
            for i in range(2)]  # fmt: skip
     assert row == [[0x10, 0x20, 0x30], [0x40, 0x50, 0x60]]
@@ -401,9 +405,7 @@ def test_broken_adapters_are_told(config: Config, files: Path, tmp_path: Path) -
             main(replace(config, adapters=(str(tmp_path / f"{name}.safetensors"),)))
 
 
-def test_on_the_command_line(
-    model: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_on_the_command_line(model: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.txt").write_text("a cup <lora:dog:0.5>\n")
     line = ["generate", "a cat", "a dog <lora:none>", "--prompts-file", str(tmp_path / "p.txt"), "--adapters"]
     line += [str(files / "dog.safetensors"), "--strengths", "0.9", "--seeds", "3", "4", "--model", str(model)]

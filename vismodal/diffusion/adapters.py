@@ -1,8 +1,8 @@
 """Adapter files on a pipeline, at the strengths that are asked for: rows of one batch may differ in both.
 
-    shelf = Shelf(pipe, read_adapters(["dog=runs/dreambooth-1", "style.safetensors"]))
-    with vm.route(shelf.models, [shelf.row([Use("dog", 0.8)]), None]):
-        pipe(["a photo of sks dog", "a photo of a dog"])
+shelf = Shelf(pipe, read_adapters(["dog=runs/dreambooth-1", "style.safetensors"]))
+with vm.route(shelf.models, [shelf.row([Use("dog", 0.8)]), None]):
+    pipe(["a photo of sks dog", "a photo of a dog"])
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What is to be drawn: prompts with the adapters of their own, and many of them in one batch.
 
-    a photo of sks dog                             with the adapters that are given for all
-    a photo of sks dog <lora:dog:0.8>              with these alone, as web UIs write it (whatever the method)
-    a photo of sks dog <lora:dog> <lora:style:0.5>
-    a photo of a dog <lora:none>                   with none
+a photo of sks dog                             with the adapters that are given for all
+a photo of sks dog <lora:dog:0.8>              with these alone, as web UIs write it (whatever the method)
+a photo of sks dog <lora:dog> <lora:style:0.5>
+a photo of a dog <lora:none>                   with none
 """
 
 from __future__ import annotations
