@@ -338,12 +338,11 @@ def test_a_sweep_has_a_sheet_for_each_prompt_and_seed(config: Config) -> None:
     assert np.abs(pixels(result.pictures[zero]) - pixels(result.pictures[half])).max() > 1
     sheet = pixels(result.sheets[0])  # the cell of dog at 0.5, eight times as large
     cell = pixels(result.pictures[half]).repeat(8, 0).repeat(8, 1)
-    columns = [
-        x for x in range(sheet.shape[1] - 128) if np.array_equal(sheet[-2 * 132 : -132][:128, x : x + 128], cell)
+    first, second = sheet[-268:-140], sheet[-136:-8]  # rows of 128 pixels, 4 between them
+    places = [
+        [x for x in range(row.shape[1] - 127) if np.array_equal(row[:, x : x + 128], cell)] for row in (first, second)
     ]
-    rows_of_second = [x for x in range(sheet.shape[1] - 128) if np.array_equal(sheet[-132:][:128, x : x + 128], cell)]
-    assert len(columns) == 1
-    assert rows_of_second == []
+    assert [len(found) for found in places] == [1, 0]
 
 
 def test_a_sheet_puts_each_picture_in_its_place() -> None:
