@@ -137,6 +137,18 @@ class Checkpoints:
             )
 
 
+def adapter_of(path: Path) -> dict[str, Tensor] | None:
+    """The adapter's tensors in a training checkpoint; None of any other file, also of one that is not whole."""
+    try:
+        with safe_open(path, "pt") as file:
+            if "vismodal_training" not in (file.metadata() or {}):
+                return None
+            names = [name for name in file.keys() if name.startswith("adapter.")]  # noqa: SIM118 - not a mapping
+            return {name.removeprefix("adapter."): file.get_tensor(name) for name in names}
+    except SafetensorError:
+        return None
+
+
 def _is_whole(path: Path) -> bool:
     try:
         with safe_open(path, "pt"):  # compares the file's length with the header's

@@ -40,9 +40,12 @@ def generate(
     size: int,
     steps: int,
     guidance: float,
+    negative: str = "",
     batch: int = 4,
 ) -> list[Image.Image]:
     """One image for each prompt and its seed, as plain `pipe(prompt, generator=...)` gives it, `batch` at a time.
+
+    `negative` is what guidance leads away from, for all images alike.
 
     The latents are decoded here because a denoiser in half precision goes with an autoencoder in fp32, which the
     pipeline itself cannot mix.
@@ -60,6 +63,7 @@ def generate(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="latent",
+                **({"negative_prompt": [negative] * len(generators)} if negative else {}),
                 **kind.calling,
             ).images
             decoded = decode_latents(pipe, kind.unpack(pipe, latents, size))

@@ -1,0 +1,286 @@
+"""Draw pictures with adapters: several at once, at any strength, or another one for each prompt of a batch.
+
+    vismodal generate "a drawing of a strawberry on a blue background" --count 4
+    vismodal generate "a photo of sks dog" --adapters dog.safetensors style.safetensors --strengths 0.8 0.5 --model OWNER/NAME
+    vismodal generate "sks dog <lora:dog>" "my cat <lora:cat:0.7>" "a dog <lora:none>" --adapters dog.safetensors cat.safetensors
+    vismodal generate "a photo of sks dog" --adapters runs/dreambooth-1/checkpoints/*.safetensors --sweep 0 0.5 1
+    vismodal generate --like runs/generate-1/0000.png --count 8
+
+Each prompt of a batch has its own adapters, under guidance too, as if it had been drawn alone. From Python:
+`main(Config(prompts=("a photo of sks dog",), adapters=("dog.safetensors",)))`.
+"""  # noqa: E501 - command lines
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import vismodal as vm
+from vismodal import runs
+from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, read_adapters
+from vismodal.diffusion.encode import warn_of_long
+from vismodal.diffusion.kinds import Flux, Pipe, kind_of
+from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts
+from vismodal.diffusion.settings import Settings, Worn, beside, find_adapters, read_settings, write_picture
+from vismodal.errors import InputError
+from vismodal.fingerprint import Fingerprint, fingerprint
+from vismodal.paths import asset
+from vismodal.reports.run import write_image
+from vismodal.reports.xy import xy_sheet
+from vismodal.runs import known
+
+
+@dataclass(frozen=True)
+class Config:
+    """Draw pictures with adapters: several at once, at any strength, or another one for each prompt of a batch.
+
+    Args:
+        prompts: what to draw. With a tag <lora:NAME> or <lora:NAME:STRENGTH> in it, by these adapters alone; with
+            <lora:none>, by none.
+        prompts_file: text file with a prompt on each line, tags as above.
+        adapters: files of vismodal, folders of runs, or checkpoints of a run; NAME=FILE gives one a name for tags.
+        strengths: how strongly they act, one for each or one for all: 0 is the base, 1 the adapter.
+        sweep: strengths to try instead: a sheet for each prompt and seed, with a row for each adapter, acting alone.
+        seeds: of the pictures of each prompt; from one seed on, `count` of them. Without it, drawn, and printed.
+        count: pictures of each prompt.
+        like: a png of an earlier run: all of its settings, but for those that are given.
+        negative: what to lead away from.
+        model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
+        output: folder for the pictures. Without it, the next free runs/generate-N.
+        resolution: side in pixels; without it, what the model was made for.
+        steps: of denoising; 25, or 20 with the embedded model.
+        guidance: of classifier-free guidance; as usual with the kind of model, or 4 with the embedded one.
+        batch: pictures at a time.
+        mixed_precision: precision of the denoiser and the text encoders.
+        threads: of the CPU; torch's own choice, or 1 with the embedded model.
+    """
+
+    prompts: tuple[str, ...] = ()
+    prompts_file: Path | None = None
+    adapters: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = ()
+    sweep: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    count: int = 1
+    like: Path | None = None
+    negative: str | None = None
+    model: str | None = None
+    output: Path | None = None
+    resolution: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    batch: int = 4
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    threads: int | None = None
+
+    POSITIONAL: ClassVar[str] = "prompts"
+
+
+EXAMPLES = ("a drawing of a strawberry on a blue background", "a drawing of a cat on an orange background")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The folder, its pictures in the order of prompts and seeds, and the sheets."""
+
+    output: Path
+    pictures: tuple[Path, ...]
+    sheets: tuple[Path, ...]
+
+
+def main(config: Config) -> Result:
+    """Draws, writes and tells the seeds. Raises `InputError` for input that cannot be used; then nothing is written."""
+    config, before = checked(config)
+    with runs.cpu_threads(known(config.threads)):
+        files = read_adapters(config.adapters)
+        pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, Accelerator().device)
+        config = fitted(config, pipe)
+        usual = uses_of(config, files, before)
+        texts = [parse_prompt(text, usual) for text in config.prompts]
+        warn_of_long(pipe, [prompt for prompt, _ in texts])
+        if config.sweep:
+            texts = [(prompt, (Use(n, s),)) for prompt, _ in texts for n in files for s in config.sweep]
+        shelf = Shelf(pipe, files)
+        requests = [Request(prompt, seed, uses) for prompt, uses in texts for seed in config.seeds]
+        for request in requests:  # what does not fit is told before anything is drawn
+            shelf.row(request.uses)
+        base = fingerprint(kind_of(pipe).model(pipe))
+        theirs = Fingerprint(base.name, *before.base) if before else base
+        if theirs.shapes != base.shapes or not theirs.same_values(base):
+            print(f"warning: {config.like} was made on another model; the pictures will differ", file=sys.stderr)
+        images = draw(pipe, shelf, requests, manner_of(config), config.batch)
+        return write_results(config, files, requests, images, base)
+
+
+def checked(config: Config) -> tuple[Config, Settings | None]:
+    """The settings filled in, and those of the picture that is to be alike. Raises `InputError` for what is wrong."""
+    before = read_settings(config.like) if config.like else None
+    if before is not None:
+        config = alike(config, before)
+    texts = (*config.prompts, *(read_prompts(config.prompts_file) if config.prompts_file else ()))
+    if not texts and config.model:
+        raise InputError('there is no prompt; write one, as in vismodal generate "a photo of a dog", or --prompts_file')
+    if config.sweep and not config.adapters:
+        raise InputError("sweep tries the strengths of adapters; write --adapters FILES")
+    if config.sweep and (config.strengths or any("<lora:" in text for text in texts)):
+        raise InputError("sweep says the strengths of all adapters; leave out strengths and tags")
+    runs.at_least(config, 1, "count", "batch")
+    if len(config.seeds) > 1 and config.count > 1:
+        raise InputError(
+            f"{len(config.seeds)} seeds and count {config.count} are given; give one seed, or leave out count"
+        )
+    first = config.seeds[0] if config.seeds else secrets.randbelow(2**32)
+    if min((first, *config.seeds)) < 0 or max((first + config.count, *config.seeds)) >= 2**63:
+        raise InputError(f"seeds are numbers from 0 to 2^63 - 1, not {', '.join(map(str, config.seeds))}")
+    seeds = config.seeds if len(config.seeds) > 1 else tuple(range(first, first + config.count))
+    if len(set(seeds)) < len(seeds):
+        raise InputError("a seed is given twice, which would draw the same picture again")
+    output = config.output
+    if output is None:
+        output = next(p for n in itertools.count(1) if not (p := Path("runs") / f"generate-{n}").exists())
+    elif output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise InputError(f"{output} is there already; choose another folder")
+    embedded = config.model is None
+    filled = replace(
+        config,
+        prompts=texts or EXAMPLES,
+        prompts_file=None,
+        seeds=seeds,
+        count=1,
+        output=output,
+        negative=config.negative or "",
+        steps=config.steps or (20 if embedded else 25),
+        guidance=4.0 if embedded and config.guidance is None else config.guidance,
+        threads=config.threads or (1 if embedded else torch.get_num_threads()),
+    )
+    runs.at_least(filled, 1, "steps", "threads")
+    return filled, before
+
+
+def alike(config: Config, before: Settings) -> Config:
+    """The settings of a picture, but for those that are given."""
+    like, model = known(config.like), config.model or before.model
+    if before.local and config.model is None:
+        model = beside(like).get("model")
+        if model is None or not Path(model).expanduser().is_dir():
+            raise InputError(f"{like.name} was made with a model in a folder {before.model!r}; write --model FOLDER")
+    return replace(
+        config,
+        prompts=config.prompts or (() if config.prompts_file else (before.prompt,)),
+        adapters=config.adapters or tuple(find_adapters(like, before.adapters)),
+        seeds=config.seeds or (before.seed,),
+        negative=before.negative if config.negative is None else config.negative,
+        model=model,
+        resolution=config.resolution or before.size,
+        steps=config.steps or before.steps,
+        guidance=before.guidance if config.guidance is None else config.guidance,
+    )
+
+
+def fitted(config: Config, pipe: Pipe) -> Config:
+    """The settings with what hangs on the model filled in. Raises `InputError` for what it cannot do."""
+    kind = kind_of(pipe)
+    size, step = config.resolution or kind.native(pipe), pipe.vae_scale_factor * kind.patch(pipe)
+    if size < step or size % step:
+        raise InputError(f"resolution must be a multiple of {step} for a {type(pipe).__name__}, not {size}")
+    if config.negative and isinstance(kind, Flux):
+        raise InputError("Flux has its guidance built in, and leads away from nothing; leave out negative")
+    return replace(config, resolution=size, guidance=kind.guidance if config.guidance is None else config.guidance)
+
+
+def manner_of(config: Config) -> Manner:
+    return Manner(known(config.resolution), known(config.steps), known(config.guidance), known(config.negative))
+
+
+def uses_of(config: Config, files: Mapping[str, AdapterFile], before: Settings | None) -> list[Use]:
+    """The adapters of a prompt without tags. Raises `InputError` where strengths are too few or too many."""
+    earlier = {worn.digest: worn.strength for worn in before.adapters} if before else {}
+    given: Sequence[float] = config.strengths or [earlier.get(file.digest, 1.0) for file in files.values()]
+    given = list(given) * (len(files) if len(given) == 1 else 1)
+    if len(given) != len(files):
+        raise InputError(f"{len(files)} adapters have {len(given)} strengths; give one for each, or one for all")
+    return [Use(name, strength) for name, strength in zip(files, given, strict=True)]
+
+
+def write_results(
+    config: Config,
+    files: Mapping[str, AdapterFile],
+    requests: Sequence[Request],
+    images: Sequence[Image.Image],
+    base: Fingerprint,
+) -> Result:
+    """The pictures with their settings, the sheets and the run's settings; then tells the seeds."""
+    output = known(config.output)
+    local = config.model is not None and Path(config.model).expanduser().is_dir()
+    pictures: list[Path] = []
+    for number, (request, image) in enumerate(zip(requests, images, strict=True)):
+        worn = tuple(Worn(u.name, files[u.name].path.name, files[u.name].digest, u.strength) for u in request.uses)
+        settings = Settings(
+            prompt=request.prompt,
+            negative=known(config.negative),
+            seed=request.seed,
+            size=known(config.resolution),
+            steps=known(config.steps),
+            guidance=known(config.guidance),
+            model=Path(config.model).expanduser().resolve().name if config.model and local else config.model,
+            local=local,
+            base=(base.shapes, base.values),
+            adapters=worn,
+            version=vm.__version__,
+        )
+        pictures.append(write_picture(output / f"{number:04d}.png", image, settings))
+        acting = " + ".join(f"{use.name} {use.strength:g}" for use in request.uses) or "base"
+        print(f"{pictures[-1]}: seed {request.seed}, {acting}, {request.prompt!r}")
+    sheets = swept(config, list(files), requests, images) if config.sweep else [by_seed(config, requests, images)]
+    names = ["sheet.png"] if len(sheets) == 1 else [f"sheet-{number:02d}.png" for number in range(len(sheets))]
+    written = tuple(write_image(output / name, sheet) for name, sheet in zip(names, sheets, strict=True))
+    runs.save_config(config, output)
+    print(f"{'sheet' if len(written) == 1 else 'sheets'}: {', '.join(map(str, written))}")
+    print(f"again: vismodal generate --like {pictures[0]}")
+    return Result(output, tuple(pictures), written)
+
+
+def by_seed(config: Config, requests: Sequence[Request], images: Sequence[Image.Image]) -> Image.Image:
+    """A row for each prompt, a column for each seed."""
+    width = len(config.seeds)
+    rows = [[requests[i].prompt, *(f"[{u.name} {u.strength:g}]" for u in requests[i].uses)]
+            for i in range(0, len(requests), width)]  # fmt: skip
+    cells = [images[i : i + width] for i in range(0, len(images), width)]
+    return xy_sheet(cells, [" ".join(row) for row in rows], [f"seed {seed}" for seed in config.seeds])
+
+
+def swept(
+    config: Config, names: Sequence[str], requests: Sequence[Request], images: Sequence[Image.Image]
+) -> list[Image.Image]:
+    """For each prompt and seed a row for each adapter, a column for each strength."""
+    found = {
+        (request.prompt, request.seed, *request.uses[0]): image for request, image in zip(requests, images, strict=True)
+    }
+    prompts = dict.fromkeys(request.prompt for request in requests)
+    columns = [f"strength {strength:g}" for strength in config.sweep]
+    return [
+        xy_sheet(
+            [[found[prompt, seed, name, strength] for strength in config.sweep] for name in names],
+            names,
+            columns,
+            f"{prompt}, seed {seed}",
+        )
+        for prompt in prompts
+        for seed in config.seeds
+    ]
+
+
+if __name__ == "__main__":
+    from vismodal.cli import main as command
+
+    sys.exit(command(["generate", *sys.argv[1:]]))

@@ -1,0 +1,117 @@
+"""PNGs that say how they were made: what `vismodal generate --like X.png` reads.
+
+A text chunk `vismodal` holds the settings as JSON. Files and local models are named without their folders, which are
+nobody's business where a picture is shown; an adapter is known by the digest of its file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from vismodal.diffusion.adapters import FILE, digest_of
+from vismodal.errors import InputError
+from vismodal.files import write_file
+from vismodal.runs import CONFIG
+
+CHUNK = "vismodal"
+
+
+class Worn(NamedTuple):
+    """An adapter that acted on a picture: its name, its file's name and digest, its strength."""
+
+    name: str
+    file: str
+    digest: str
+    strength: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a picture was made.
+
+    Args:
+        prompt, negative, seed, size, steps, guidance: as the pipeline was given them; the prompt without tags.
+        model: id on the Hub, or a local folder's last name; None is the embedded model.
+        local: whether the model is a folder.
+        base: shapes and values of the denoiser's fingerprint.
+        adapters: those that acted, in order.
+        version: of vismodal.
+    """
+
+    prompt: str
+    negative: str
+    seed: int
+    size: int
+    steps: int
+    guidance: float
+    model: str | None
+    local: bool
+    base: tuple[str, str]
+    adapters: tuple[Worn, ...]
+    version: str
+
+
+def write_picture(path: Path, image: Image.Image, settings: Settings) -> Path:
+    """A PNG with its settings, whole or absent."""
+    chunks, buffer = PngInfo(), io.BytesIO()
+    plain = asdict(settings) | {"adapters": [worn._asdict() for worn in settings.adapters]}
+    chunks.add_text(CHUNK, json.dumps(plain))
+    image.save(buffer, "png", pnginfo=chunks)
+    return write_file(path, buffer.getvalue())
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings of a picture. Raises `InputError` where there are none, or they cannot be read."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(CHUNK)
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path} cannot be read as a picture: {error}") from error
+    if text is None:
+        raise InputError(f"{path} carries no settings; give a png that vismodal generate wrote, and that nobody edited")
+    try:
+        given: dict[str, Any] = json.loads(text)
+        worn = tuple(Worn(a["name"], a["file"], a["digest"], float(a["strength"])) for a in given.pop("adapters"))
+        shapes, values = given.pop("base")
+        return Settings(**given, base=(shapes, values), adapters=worn)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"the settings in {path} are of another version, or damaged: {error!r}") from error
+
+
+def beside(picture: Path) -> dict[str, Any]:
+    """The settings of the run whose folder a picture lies in; empty where it has been moved."""
+    try:
+        found = yaml.safe_load((picture.parent / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def find_adapters(picture: Path, worn: Sequence[Worn]) -> list[str]:
+    """Where the adapters of a picture lie, as NAME=FILE: by its run's settings, beside it, or here, by content.
+
+    Raises `InputError` for the first that is not found.
+    """
+    listed = (str(text) for text in beside(picture).get("adapters") or ())
+    named = [Path(text.partition("=")[2] if "=" in text and not Path(text).exists() else text) for text in listed]
+    return [f"{each.name}={_found(each, picture, named)}" for each in worn]
+
+
+def _found(worn: Worn, picture: Path, named: Iterable[Path]) -> Path:
+    places = [place / FILE if place.is_dir() else place for place in (path.expanduser() for path in named)]
+    for path in (*places, picture.parent / worn.file, Path(worn.file)):
+        if path.is_file() and digest_of(path) == worn.digest:
+            return path
+    raise InputError(
+        f"{picture.name} was made with the adapter {worn.name!r}, {worn.file} (SHA-256 {worn.digest}...), which is not "
+        f"here; write --adapters {worn.name}=FILE"
+    )
