@@ -42,10 +42,10 @@ from typing import Any, get_args
 import torch
 from accuracy_page import write_page
 from contest import climb
+from entrants import CORE, Job, Model, Recipe, Row, entrants, measured, stepping
 from jsonargparse import auto_cli
 from measure import Effort, seconds
 from tqdm import tqdm
-from transfer import CORE, Job, Model, Recipe, Row, entrants, measured, stepping
 
 import vismodal as vm
 

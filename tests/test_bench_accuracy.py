@@ -40,11 +40,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(monkeypatch: pytest.MonkeyPatch, data: Path) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import accuracy
-    import transfer
+    import entrants
 
-    built = transfer.source
+    built = entrants.source
     monkeypatch.setattr(
-        transfer, "source", lambda model, data: Source(str(data / "model")) if model == "vit-s" else built(model, data)
+        entrants, "source", lambda model, data: Source(str(data / "model")) if model == "vit-s" else built(model, data)
     )
     return accuracy
 
@@ -130,23 +130,23 @@ def test_processes_give_the_same_rows(bench: Any, data: Path, tmp_path: Path) ->
 
 
 def test_a_linear_probe_learns_the_same_from_kept_features(bench: Any, data: Path, monkeypatch: Any) -> None:
-    import transfer
+    import entrants
 
-    recipe = transfer.Recipe(epochs=2, pilot=1, batch=4, bf16=False)
-    job = transfer.Job("vit-s", "linear probe", "one", 1e-2, 0, False, data, recipe)
-    kept = transfer.measured(job)
-    monkeypatch.setattr(transfer, "prefix", lambda model, data: transfer.copy.deepcopy(transfer.base(model, data)[0]))
-    plain = transfer.measured(job)
+    recipe = entrants.Recipe(epochs=2, pilot=1, batch=4, bf16=False)
+    job = entrants.Job("vit-s", "linear probe", "one", 1e-2, 0, False, data, recipe)
+    kept = entrants.measured(job)
+    monkeypatch.setattr(entrants, "prefix", lambda model, data: entrants.copy.deepcopy(entrants.base(model, data)[0]))
+    plain = entrants.measured(job)
     assert kept["test"] == plain["test"] and kept["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-5)
 
 
 def test_the_head_has_a_rate_of_its_own_and_the_base_stays(bench: Any, data: Path) -> None:
-    import transfer
+    import entrants
 
-    before = {k: v.clone() for k, v in transfer.base("vit-s", data)[0].state_dict().items()}
+    before = {k: v.clone() for k, v in entrants.base("vit-s", data)[0].state_dict().items()}
     for label in LABELS:
-        job = transfer.Job("vit-s", label, "one", 1e-4, 0, True, data, transfer.Recipe(epochs=1, pilot=1, batch=4))
-        trained = transfer.Trained(job)
+        job = entrants.Job("vit-s", label, "one", 1e-4, 0, True, data, entrants.Recipe(epochs=1, pilot=1, batch=4))
+        trained = entrants.Trained(job)
         *rest, head = trained.optimizer().param_groups
         assert sum(p.numel() for p in head["params"]) == 2 * 32 + 2
         assert head["lr"] == (1e-4 if label == "linear probe" else 3e-3) and all(g["lr"] == 1e-4 for g in rest)
@@ -154,17 +154,17 @@ def test_the_head_has_a_rate_of_its_own_and_the_base_stays(bench: Any, data: Pat
         assert all(g["weight_decay"] == 0 for g in (*rest, head))
         trained.learn()
         trained.adapter.detach()
-    after = transfer.base("vit-s", data)[0].state_dict()
+    after = entrants.base("vit-s", data)[0].state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
 def test_everybody_sees_the_same_pictures_in_the_same_order(bench: Any, data: Path, monkeypatch: Any) -> None:
-    import transfer
+    import entrants
 
     seen: dict[tuple[str, int], list[torch.Tensor]] = {}
-    recipe = transfer.Recipe(epochs=2, pilot=1, batch=4)
+    recipe = entrants.Recipe(epochs=2, pilot=1, batch=4)
     for label, seed in (("full fine-tuning", 0), ("peft LoRA", 0), ("SSF", 0), ("SSF", 1)):
-        trained = transfer.Trained(transfer.Job("vit-s", label, "one", 1e-4, seed, False, data, recipe))
+        trained = entrants.Trained(entrants.Job("vit-s", label, "one", 1e-4, seed, False, data, recipe))
         shown: list[torch.Tensor] = []
         pixels = trained.views["train"].pixels
         with monkeypatch.context() as patch:

@@ -91,3 +91,9 @@ def test_import_is_cheap_and_lazy() -> None:
     ).stdout.split()
     assert loaded == []
     assert float(seconds) < 0.5  # of processor time, measured at 0.16 s: it can only fail by an import too many
+
+
+def test_scripts_that_are_imported_by_name_have_names_of_their_own() -> None:
+    folders = (ROOT / "benchmarks", ROOT / "pipelines" / "pretrain", ROOT / "tests")
+    names = [path.stem for folder in folders for path in folder.glob("*.py") if path.stem != "__init__"]
+    assert sorted(set(names)) == sorted(names)
