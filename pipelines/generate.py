@@ -12,7 +12,6 @@ Each prompt of a batch has its own adapters, under guidance too, as if it had be
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -28,9 +26,9 @@ import vismodal as vm
 from vismodal import runs
 from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, read_adapters
 from vismodal.diffusion.encode import warn_of_long
-from vismodal.diffusion.kinds import Flux, Pipe, kind_of
+from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline
-from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts
+from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts, usual
 from vismodal.diffusion.settings import Settings, Worn, beside, find_adapters, read_settings, write_picture
 from vismodal.errors import InputError
 from vismodal.fingerprint import Fingerprint, fingerprint
@@ -104,9 +102,10 @@ def main(config: Config) -> Result:
     with runs.cpu_threads(known(config.threads)):
         files = read_adapters(config.adapters)
         pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, Accelerator().device)
-        config = fitted(config, pipe)
-        usual = uses_of(config, files, before)
-        texts = [parse_prompt(text, usual) for text in config.prompts]
+        manner = Manner.fitting(pipe, config.resolution, known(config.steps), config.guidance, known(config.negative))
+        config = replace(config, resolution=manner.size, guidance=manner.guidance)
+        for_all = uses_of(config, files, before)
+        texts = [parse_prompt(text, for_all) for text in config.prompts]
         warn_of_long(pipe, [prompt for prompt, _ in texts])
         if config.sweep:
             texts = [(prompt, (Use(n, s),)) for prompt, _ in texts for n in files for s in config.sweep]
@@ -118,7 +117,7 @@ def main(config: Config) -> Result:
         theirs = Fingerprint(base.name, *before.base) if before else base
         if theirs.shapes != base.shapes or not theirs.same_values(base):
             print(f"warning: {config.like} was made on another model; the pictures will differ", file=sys.stderr)
-        images = draw(pipe, shelf, requests, manner_of(config), config.batch)
+        images = draw(pipe, shelf, requests, manner, config.batch)
         return write_results(config, files, requests, images, base)
 
 
@@ -145,23 +144,15 @@ def checked(config: Config) -> tuple[Config, Settings | None]:
     seeds = config.seeds if len(config.seeds) > 1 else tuple(range(first, first + config.count))
     if len(set(seeds)) < len(seeds):
         raise InputError("a seed is given twice, which would draw the same picture again")
-    output = config.output
-    if output is None:
-        output = next(p for n in itertools.count(1) if not (p := Path("runs") / f"generate-{n}").exists())
-    elif output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise InputError(f"{output} is there already; choose another folder")
-    embedded = config.model is None
     filled = replace(
         config,
         prompts=texts or EXAMPLES,
         prompts_file=None,
         seeds=seeds,
         count=1,
-        output=output,
+        output=runs.new_folder(config.output, "generate"),
         negative=config.negative or "",
-        steps=config.steps or (20 if embedded else 25),
-        guidance=4.0 if embedded and config.guidance is None else config.guidance,
-        threads=config.threads or (1 if embedded else torch.get_num_threads()),
+        **usual(config.model, config.steps, config.guidance, config.threads),
     )
     runs.at_least(filled, 1, "steps", "threads")
     return filled, before
@@ -185,21 +176,6 @@ def alike(config: Config, before: Settings) -> Config:
         steps=config.steps or before.steps,
         guidance=before.guidance if config.guidance is None else config.guidance,
     )
-
-
-def fitted(config: Config, pipe: Pipe) -> Config:
-    """The settings with what hangs on the model filled in. Raises `InputError` for what it cannot do."""
-    kind = kind_of(pipe)
-    size, step = config.resolution or kind.native(pipe), pipe.vae_scale_factor * kind.patch(pipe)
-    if size < step or size % step:
-        raise InputError(f"resolution must be a multiple of {step} for a {type(pipe).__name__}, not {size}")
-    if config.negative and isinstance(kind, Flux):
-        raise InputError("Flux has its guidance built in, and leads away from nothing; leave out negative")
-    return replace(config, resolution=size, guidance=kind.guidance if config.guidance is None else config.guidance)
-
-
-def manner_of(config: Config) -> Manner:
-    return Manner(known(config.resolution), known(config.steps), known(config.guidance), known(config.negative))
 
 
 def uses_of(config: Config, files: Mapping[str, AdapterFile], before: Settings | None) -> list[Use]:

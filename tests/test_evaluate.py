@@ -19,7 +19,7 @@ from vismodal.evaluation.dreambench import TEMPLATES, prompts_of
 from vismodal.evaluation.encoders import clip_encoders, vision_encoder
 from vismodal.evaluation.personalisation import Seen
 
-pipeline = cli.load_pipeline("evaluate")
+pipeline = cli.load_pipeline("evaluate_personalisation")
 Config, main = pipeline.Config, pipeline.main
 X, Y = [1.0, 0.0], [0.0, 1.0]
 DIAGONAL = [3.0, 3.0]  # cosine 1/sqrt 2 with both; lengths do not count

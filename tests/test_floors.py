@@ -94,6 +94,6 @@ def test_import_is_cheap_and_lazy() -> None:
 
 
 def test_scripts_that_are_imported_by_name_have_names_of_their_own() -> None:
-    folders = (ROOT / "benchmarks", ROOT / "pipelines" / "pretrain", ROOT / "tests")
+    folders = (ROOT / "benchmarks", ROOT / "pipelines", ROOT / "pipelines" / "pretrain", ROOT / "tests")
     names = [path.stem for folder in folders for path in folder.glob("*.py") if path.stem != "__init__"]
     assert sorted(set(names)) == sorted(names)

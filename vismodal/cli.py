@@ -32,7 +32,9 @@ COMMANDS = {
     "predict": Command("predict", "say what is in pictures, by an adapter that classify made"),
     "clip": Command("clip", "adapt CLIP to a folder of pictures by class: prompts, adapters, caches, few-shot"),
     "clip pairs": Command("clip_pairs", "fine-tune CLIP on pictures with texts, and see what it forgets"),
-    "evaluate personalisation": Command("evaluate", "how like the subject, how obedient, and what it cost the rest"),
+    "evaluate personalisation": Command(
+        "evaluate_personalisation", "how like the subject, how obedient, and what it cost the rest"
+    ),
     "merge": Command("merge", "several adapters as one: sum, TIES, DARE, at the rank that you want"),
     "resize": Command("resize", "fewer ranks in an adapter, with the error of it"),
     "extract": Command("extract", "a LoRA out of a model that was tuned in full"),

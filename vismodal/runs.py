@@ -85,6 +85,18 @@ def claim(output: Path | None, name: str, resume: bool, accelerator: Accelerator
     return output
 
 
+def new_folder(output: Path | None, name: str) -> Path:
+    """The folder of a run that is not resumed: `output`, or without it the next free runs/NAME-N; it is made later.
+
+    Raises `InputError` where something lies there already.
+    """
+    if output is None:
+        return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise InputError(f"{output} is there already; choose another folder")
+    return output
+
+
 def save_config(config: DataclassInstance, folder: Path) -> None:
     """The settings as a YAML file that `--config` reads, ready for `--resume`."""
     plain = {name: _plain(value) for name, value in asdict(config).items() if name != "resume"}

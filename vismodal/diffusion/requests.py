@@ -12,14 +12,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 import vismodal as vm
 from vismodal.diffusion.adapters import Shelf, Use
 from vismodal.diffusion.generate import generate
-from vismodal.diffusion.kinds import Pipe
+from vismodal.diffusion.kinds import Flux, Pipe, kind_of
 from vismodal.errors import InputError
 
 _TAG = re.compile(r"<lora:([^:<>]*)(?::([^:<>]*))?>")
@@ -43,6 +45,28 @@ class Manner:
     steps: int
     guidance: float
     negative: str = ""
+
+    @classmethod
+    def fitting(cls, pipe: Pipe, size: int | None, steps: int, guidance: float | None, negative: str = "") -> Manner:
+        """With what is usual for the pipeline in the place of None. Raises `InputError` for what it cannot do."""
+        kind = kind_of(pipe)
+        size, step = size or kind.native(pipe), pipe.vae_scale_factor * kind.patch(pipe)
+        if size < step or size % step:
+            raise InputError(f"resolution must be a multiple of {step} for a {type(pipe).__name__}, not {size}")
+        if negative and isinstance(kind, Flux):
+            raise InputError("Flux has its guidance built in, and leads away from nothing; leave out negative")
+        return cls(size, steps, kind.guidance if guidance is None else guidance, negative)
+
+
+def usual(model: str | None, steps: int | None, guidance: float | None, threads: int | None) -> dict[str, Any]:
+    """The settings `steps`, `guidance` and `threads`, filled in; the embedded model, which is no `model`, has its own.
+    Guidance may stay None, for the kind of pipeline to say."""
+    embedded = model is None
+    return {
+        "steps": steps or (20 if embedded else 25),
+        "guidance": 4.0 if embedded and guidance is None else guidance,
+        "threads": threads or (1 if embedded else torch.get_num_threads()),
+    }
 
 
 def parse_prompt(text: str, usual: Sequence[Use]) -> tuple[str, tuple[Use, ...]]:

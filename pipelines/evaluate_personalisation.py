@@ -11,7 +11,6 @@ What the figures are, as formulas: `vismodal/evaluation/personalisation.py`. Fro
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 
@@ -29,11 +27,10 @@ from vismodal.classification.vision import EMBEDDED, Source
 from vismodal.data.photos import Photo
 from vismodal.data.subject import CLASS_PROMPT, PROMPT, subject_folder
 from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, read_adapters
-from vismodal.diffusion.encode import native_size, warn_of_long
-from vismodal.diffusion.kinds import kind_of
+from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.load import load_pipeline
 from vismodal.diffusion.prompts import check_class, check_subject, has_word, without_word
-from vismodal.diffusion.requests import Manner, Request, draw
+from vismodal.diffusion.requests import Manner, Request, draw, usual
 from vismodal.diffusion.settings import read_settings
 from vismodal.draw import seed_of
 from vismodal.errors import InputError
@@ -177,19 +174,11 @@ def checked(config: Config) -> tuple[Config, dict[str, AdapterFile]]:
     if config.vision is None and (config.vision_weights or config.vision_size):
         raise InputError("vision_weights and vision_size are for a model of timm; write --vision NAME too")
     files = read_adapters(config.adapters)
-    output = config.output
-    if output is None:
-        output = next(p for n in itertools.count(1) if not (p := Path("runs") / f"evaluate-{n}").exists())
-    elif output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise InputError(f"{output} is there already; choose another folder")
-    embedded = config.model is None
     config = replace(
         config,
         strengths=config.strengths * (len(files) if len(config.strengths) == 1 else 1),
-        output=output,
-        steps=config.steps or (20 if embedded else 25),
-        guidance=4.0 if embedded and config.guidance is None else config.guidance,
-        threads=config.threads or (1 if embedded else torch.get_num_threads()),
+        output=runs.new_folder(config.output, "evaluate"),
+        **usual(config.model, config.steps, config.guidance, config.threads),
     )
     runs.at_least(config, 1, "steps", "threads")
     if files and len(config.strengths) != len(files):
@@ -232,18 +221,14 @@ def adapters_of(
 ) -> Result:
     """Draws with the base and each adapter, and measures."""
     pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, Accelerator().device)
-    kind = kind_of(pipe)
-    guidance = kind.guidance if config.guidance is None else config.guidance
-    config = replace(config, resolution=config.resolution or native_size(pipe), guidance=guidance)
-    if known(config.resolution) % (step := pipe.vae_scale_factor * kind.patch(pipe)) or known(config.resolution) < step:
-        raise InputError(f"resolution must be a multiple of {step}, not {config.resolution}")
+    manner = Manner.fitting(pipe, config.resolution, known(config.steps), config.guidance)
+    config = replace(config, resolution=manner.size, guidance=manner.guidance)
     warn_of_long(pipe, [*config.prompts, *config.drift_prompts, known(config.class_prompt)])
     shelf = Shelf(pipe, files)
     contestants: dict[str, tuple[Use, ...]] = {"base": ()}
     contestants |= {name: (Use(name, s),) for name, s in zip(files, config.strengths, strict=True)}
     for uses in contestants.values():  # what does not fit is told before anything is drawn
         shelf.row(uses)
-    manner = Manner(known(config.resolution), known(config.steps), guidance)
     make = partial(draw, pipe, shelf, manner=manner, batch=config.batch)
     prompts = [prompt for prompt in config.prompts for _ in range(config.count)]
     bare = [without_word(prompt, known(config.subject)) for prompt in prompts]  # CLIP does not know the word
