@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vismodal.adapter import Adapter
 from vismodal.errors import InputError
 from vismodal.methods import NOAH
-from vismodal.methods.subnets import Sizes, Space
+from vismodal.methods.subnets import Sizes
 
 TRIES = 10  # to find a child that is new and within the budget, for each that is wanted
 
@@ -71,74 +71,84 @@ def evolve(
 
     Raises `InputError` where nothing is within the budget.
     """
-    method, modules = _supernet(adapter)
     for name, value in (("generations", generations), ("population", population), ("parents", parents)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    if any(m.training for m in modules):
-        raise InputError("the model is in train mode, where subnets are drawn; call model.eval() before the search")
-    random, space = Random(f"{seed} evolve"), method.space(modules)
-    least = method.count(modules, space.smallest())
-    if least > budget:
-        raise InputError(f"the smallest subnet has {least:,} parameters, above the budget of {budget:,}")
-    scores: dict[Sizes, float] = {}
-
-    def best() -> list[Sizes]:
-        return sorted(scores, key=scores.__getitem__, reverse=True)[:parents]
-
-    def mutated() -> Sizes:
-        return space.mutate(random.choice(best()), random, rate, deepen)
-
-    def crossed() -> Sizes:
-        return space.cross(random.choice(best()), random.choice(best()), random)
-
-    def drawn() -> Sizes:
-        return _within(method, modules, space, random, budget)
-
-    def new(subnet: Sizes) -> bool:
-        return subnet not in scores and method.count(modules, subnet) <= budget
-
-    before = method.chosen(modules)
+    method, modules = _supernet(adapter)
+    search = _Search(method, modules, budget, parents, rate, deepen, Random(f"{seed} evolve"))
+    search.check()
+    top = method.chosen(modules)  # which acts again where nothing was scored
     quiet = 0.1 if sys.stderr.isatty() else 15.0
     try:
         with torch.no_grad(), tqdm(total=generations * population, desc="searching", mininterval=quiet) as bar:
             for generation in range(generations):
-                children: list[Source] = [(mutated, mutations), (crossed, crossings)] if scores else []
-                for subnet in _generation([*children, (drawn, population)], population, new):
+                for subnet in search.generation(population, mutations, crossings):
                     method.choose(modules, subnet)
-                    scores[subnet] = float(score())
+                    search.scores[subnet] = float(score())
                     bar.update()
-                bar.set_postfix(best=f"{max(scores.values()):.4f}")
+                bar.set_postfix(best=f"{max(search.scores.values()):.4f}")
                 bar.update((generation + 1) * population - bar.n)  # fewer where hardly any are left to try
     finally:
-        top = max(scores, key=scores.__getitem__, default=before)
+        top = next(iter(search.best()), top)
         method.choose(modules, top)
-    return Found(replace(method, subnet=top), scores[top], method.count(modules, top), scores)
+    return Found(replace(method, subnet=top), search.scores[top], method.count(modules, top), search.scores)
 
 
-Source = tuple[Callable[[], Sizes], int]  # what makes subnets, and how many are wanted of it
+@dataclass
+class _Search:
+    """What was scored, and where the next subnets come from."""
 
+    method: NOAH
+    modules: Sequence[nn.Module]
+    budget: int
+    parents: int
+    rate: float
+    deepen: float
+    random: Random
+    scores: dict[Sizes, float] = field(default_factory=dict)
 
-def _generation(sources: Sequence[Source], population: int, new: Callable[[Sizes], bool]) -> Iterator[Sizes]:
-    """New subnets, from each source until it has given enough or was asked ten times as often."""
-    given = 0
-    for make, wanted in sources:
-        stop = min(given + wanted, population)
-        for _ in range(TRIES * wanted):
-            if given == stop:
-                break
-            subnet = make()
-            if new(subnet):
-                given += 1
-                yield subnet
+    def __post_init__(self) -> None:
+        self.space = self.method.space(self.modules)
 
+    def check(self) -> None:
+        if any(m.training for m in self.modules):
+            raise InputError("the model is in train mode, where subnets are drawn; call model.eval() before the search")
+        least = self.count(self.space.smallest())
+        if least > self.budget:
+            raise InputError(f"the smallest subnet has {least:,} parameters, above the budget of {self.budget:,}")
 
-def _within(method: NOAH, modules: Sequence[nn.Module], space: Space, random: Random, budget: int) -> Sizes:
-    """A random subnet, made smaller until it is within the budget."""
-    subnet = space.draw(random)
-    while method.count(modules, subnet) > budget:
-        subnet = space.smaller(subnet, random) or space.smallest()
-    return subnet
+    def count(self, subnet: Sizes) -> int:
+        return self.method.count(self.modules, subnet)
+
+    def best(self) -> list[Sizes]:
+        return sorted(self.scores, key=self.scores.__getitem__, reverse=True)[: self.parents]
+
+    def mutated(self) -> Sizes:
+        return self.space.mutate(self.random.choice(self.best()), self.random, self.rate, self.deepen)
+
+    def crossed(self) -> Sizes:
+        return self.space.cross(self.random.choice(self.best()), self.random.choice(self.best()), self.random)
+
+    def drawn(self) -> Sizes:
+        """A random subnet, made smaller until it is within the budget."""
+        subnet = self.space.draw(self.random)
+        while self.count(subnet) > self.budget:
+            subnet = self.space.smaller(subnet, self.random) or self.space.smallest()
+        return subnet
+
+    def generation(self, population: int, mutations: int, crossings: int) -> Iterator[Sizes]:
+        """New subnets, from each source until it has given enough or was asked ten times as often."""
+        children = [(self.mutated, mutations), (self.crossed, crossings)] if self.scores else []
+        given = 0
+        for make, wanted in (*children, (self.drawn, population)):
+            stop = min(given + wanted, population)
+            for _ in range(TRIES * wanted):
+                if given == stop:
+                    break
+                subnet = make()
+                if subnet not in self.scores and self.count(subnet) <= self.budget:
+                    given += 1
+                    yield subnet
 
 
 def _supernet(adapter: Adapter) -> tuple[NOAH, list[nn.Module]]:
