@@ -89,6 +89,7 @@ class Bank(nn.Module):
             port.rehook()
 
     def act(self, names: Sequence[str]) -> None:
+        """The adapters that act from now on; what wants gradients stays."""
         self.active = tuple(names)
         self.refresh()
 
