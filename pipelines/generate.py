@@ -29,7 +29,7 @@ from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline
 from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts, usual
-from vismodal.diffusion.settings import Settings, Worn, beside, find_adapters, read_settings, write_picture
+from vismodal.diffusion.settings import Settings, Worn, beside, find_adapters, read_settings, sampler_of, write_picture
 from vismodal.errors import InputError
 from vismodal.fingerprint import Fingerprint, fingerprint
 from vismodal.paths import asset
@@ -46,7 +46,8 @@ class Config:
         prompts: what to draw. With a tag <lora:NAME> or <lora:NAME:STRENGTH> in it, by these adapters alone; with
             <lora:none>, by none.
         prompts_file: text file with a prompt on each line, tags as above.
-        adapters: files of vismodal, folders of runs, or checkpoints of a run; NAME=FILE gives one a name for tags.
+        adapters: files of vismodal, diffusers, kohya or LyCORIS, folders of runs, or checkpoints of a run; NAME=FILE
+            gives one a name for tags.
         strengths: how strongly they act, one for each or one for all: 0 is the base, 1 the adapter.
         sweep: strengths to try instead: a sheet for each prompt and seed, with a row for each adapter, acting alone.
         seeds: of the pictures of each prompt; from one seed on, `count` of them. Without it, drawn, and printed.
@@ -118,7 +119,7 @@ def main(config: Config) -> Result:
         if theirs.shapes != base.shapes or not theirs.same_values(base):
             print(f"warning: {config.like} was made on another model; the pictures will differ", file=sys.stderr)
         images = draw(pipe, shelf, requests, manner, config.batch)
-        return write_results(config, files, requests, images, base)
+        return write_results(config, files, requests, images, base, sampler_of(pipe.scheduler))
 
 
 def checked(config: Config) -> tuple[Config, Settings | None]:
@@ -194,6 +195,7 @@ def write_results(
     requests: Sequence[Request],
     images: Sequence[Image.Image],
     base: Fingerprint,
+    sampler: str,
 ) -> Result:
     """The pictures with their settings, the sheets and the run's settings; then tells the seeds."""
     output = known(config.output)
@@ -213,6 +215,7 @@ def write_results(
             base=(base.shapes, base.values),
             adapters=worn,
             version=vm.__version__,
+            sampler=sampler,
         )
         pictures.append(write_picture(output / f"{number:04d}.png", image, settings))
         acting = " + ".join(f"{use.name} {use.strength:g}" for use in request.uses) or "base"

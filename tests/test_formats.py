@@ -113,5 +113,5 @@ def test_what_the_format_cannot_hold_is_an_error(model):
     with pytest.raises(InputError, match=r"hold no embeddings; leave out .*token_embedding"):
         peft.to_peft(tokens.state_dict(), peft.scaling_of(tokens.modules))
     bare = vm.adapt(pipe.unet, vm.LoRA(sites=("attn.q",)), name="bare")
-    with pytest.raises(InputError, match=r"know unet, text_encoder.*the adapter has 'down_blocks'"):
+    with pytest.raises(InputError, match=r"know unet, transformer, text_encoder.*the adapter has 'down_blocks'"):
         peft.to_peft(bare.state_dict(), peft.scaling_of(bare.modules))

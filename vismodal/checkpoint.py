@@ -124,11 +124,16 @@ def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise InputError(f"{path} is no whole safetensors file: {error}") from None
+    check(header, path)
+    return header, tensors
+
+
+def check(header: Mapping[str, str], path: str | Path) -> None:
+    """Raises `InputError` for the header of a file that is none of ours, or of another version."""
     if "vismodal" not in header:
         raise InputError(f"{path} was not written by vismodal.save: its header has {_names(header)}")
     if header["vismodal"] != FORMAT:
         raise InputError(f"{path} has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    return header, tensors
 
 
 def _names(mapping: Mapping[str, Any]) -> str:

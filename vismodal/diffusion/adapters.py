@@ -1,5 +1,7 @@
 """Adapter files on a pipeline, at the strengths that are asked for: rows of one batch may differ in both.
 
+Files of diffusers, kohya and LyCORIS are read as ours are, once the pipeline is there whose modules they name.
+
 shelf = Shelf(pipe, read_adapters(["dog=runs/dreambooth-1", "style.safetensors"]))
 with vm.route(shelf.models, [shelf.row([Use("dog", 0.8)]), None]):
     pipe(["a photo of sks dog", "a photo of a dog"])
@@ -12,19 +14,22 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 import vismodal as vm
-from vismodal.checkpoint import described, read, restore
+from vismodal.checkpoint import check, described, read, restore
 from vismodal.diffusion.kinds import Pipe, kind_of
 from vismodal.errors import InputError
+from vismodal.formats import peft
+from vismodal.formats.files import as_own, format_of, read_any
 from vismodal.resume import adapter_of
 
 FILE = "adapter.safetensors"  # what a run's folder calls it
+FILES = (FILE, peft.FILE, "adapter_model.safetensors")  # and what those of diffusers and peft do
 _NAMED = re.compile(r"([\w. -]+)=(.+)")
 
 
@@ -37,7 +42,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as read: what prompts call it, its file, and the first digits of the file's SHA-256."""
+    """An adapter as read, in any format: what prompts call it, its file, and the first digits of the file's SHA-256."""
 
     name: str
     path: Path
@@ -49,8 +54,8 @@ class AdapterFile:
 def read_adapters(given: Sequence[str]) -> dict[str, AdapterFile]:
     """Adapters by name. Each is FILE, a run's FOLDER, a training checkpoint of a run, or NAME=one of these.
 
-    Without a name it is the file's stem, or its folder's name where the file is called adapter.safetensors. Raises
-    `InputError` for what is no adapter, and for two of one name.
+    Without a name it is the file's stem, or its folder's name where the file is called as all of its kind (`FILES`).
+    Raises `InputError` for what is no adapter, and for two of one name.
     """
     found: dict[str, AdapterFile] = {}
     for text in given:
@@ -67,16 +72,22 @@ def read_adapters(given: Sequence[str]) -> dict[str, AdapterFile]:
 
 def _read(path: Path, name: str | None) -> AdapterFile:
     if path.is_dir():
-        if not (path / FILE).is_file():
+        there = [path / file for file in FILES if (path / file).is_file()]
+        if not there:
             raise InputError(f"the folder {path} has no {FILE}; give the folder of a finished run, or a file")
-        path = path / FILE
+        path = there[0]
     if name is None:
-        name = path.resolve().parent.name if path.name == FILE else path.stem
+        name = path.resolve().parent.name if path.name in FILES else path.stem
     if path.is_file() and (state := adapter_of(path)) is not None:  # a training checkpoint: its run says what it is
         header, _ = read(path.parent.parent / FILE)
-        tensors: Mapping[str, Tensor] = state
-    else:
-        header, tensors = read(path)
+        return AdapterFile(name, path, digest_of(path), header, state)
+    tensors, header = read_any(path)
+    if "vismodal" in header:
+        check(header, path)
+    try:
+        format_of(tensors, header)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return AdapterFile(name, path, digest_of(path), header, tensors)
 
 
@@ -99,6 +110,7 @@ class Shelf:
         self.files, self.denoiser = files, kind.denoiser
         self.models: dict[str, nn.Module] = {kind.denoiser: kind.model(pipe), **kind.readers(pipe)}
         self.there: dict[Use, str] = {}
+        self.own: dict[str, AdapterFile] = {}  # as vismodal would have written them for these models
 
     def row(self, uses: Sequence[Use]) -> tuple[str, ...]:
         """The names for `vm.route`, in the order given; what has strength 0 is left out.
@@ -116,8 +128,20 @@ class Shelf:
             if use.name not in self.files:
                 there = ", ".join(self.files) or "none"
                 raise InputError(f"there is no adapter {use.name!r}; --adapters has {there}")
-            self.there[use] = self._attach(self.files[use.name], use.strength)
+            self.there[use] = self._attach(self._own(use.name), use.strength)
         return self.there[use]
+
+    def _own(self, name: str) -> AdapterFile:
+        if name not in self.own:
+            file = self.files[name]
+            try:
+                tensors, header, notes = as_own(file.tensors, file.header, self.models)
+            except InputError as error:
+                raise InputError(f"{file.path}: {error}") from None
+            for note in notes:
+                print(f"note: {file.path}: {note}", file=sys.stderr)
+            self.own[name] = replace(file, tensors=tensors, header=header)
+        return self.own[name]
 
     def _attach(self, file: AdapterFile, strength: float) -> str:
         _, bases = described(file.header)

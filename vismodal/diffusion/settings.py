@@ -1,7 +1,8 @@
 """PNGs that say how they were made: what `vismodal generate --like X.png` reads.
 
-A text chunk `vismodal` holds the settings as JSON. Files and local models are named without their folders, which are
-nobody's business where a picture is shown; an adapter is known by the digest of its file.
+A text chunk `vismodal` holds the settings as JSON, another, `parameters`, what web UIs read. Files and local models are
+named without their folders, which are nobody's business where a picture is shown; an adapter is known by the digest of
+its file.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Settings:
         base: shapes and values of the denoiser's fingerprint.
         adapters: those that acted, in order.
         version: of vismodal.
+        sampler: as web UIs call it.
     """
 
     prompt: str
@@ -58,6 +60,7 @@ class Settings:
     base: tuple[str, str]
     adapters: tuple[Worn, ...]
     version: str
+    sampler: str = ""
 
 
 def write_picture(path: Path, image: Image.Image, settings: Settings) -> Path:
@@ -65,8 +68,44 @@ def write_picture(path: Path, image: Image.Image, settings: Settings) -> Path:
     chunks, buffer = PngInfo(), io.BytesIO()
     plain = asdict(settings) | {"adapters": [worn._asdict() for worn in settings.adapters]}
     chunks.add_text(CHUNK, json.dumps(plain))
+    chunks.add_text("parameters", parameters(settings))
     image.save(buffer, "png", pnginfo=chunks)
     return write_file(path, buffer.getvalue())
+
+
+# schedulers by the names that web UIs have for their samplers
+_SAMPLERS = {
+    "DDIM": "DDIM", "PNDM": "PLMS", "EulerDiscrete": "Euler", "EulerAncestralDiscrete": "Euler a", "LMSDiscrete": "LMS",
+    "HeunDiscrete": "Heun", "KDPM2Discrete": "DPM2", "KDPM2AncestralDiscrete": "DPM2 a", "UniPCMultistep": "UniPC",
+    "DPMSolverMultistep": "DPM++ 2M", "DPMSolverSDE": "DPM++ SDE", "FlowMatchEulerDiscrete": "Euler", "LCM": "LCM",
+}  # fmt: skip
+
+
+def sampler_of(scheduler: object) -> str:
+    """A scheduler of diffusers as web UIs call its sampler; by its own name where they have none."""
+    name = type(scheduler).__name__.removesuffix("Scheduler")
+    return _SAMPLERS.get(name, name)
+
+
+def parameters(settings: Settings) -> str:
+    """The settings as AUTOMATIC1111's web UI writes and reads them: prompt with tags, negative, then one line of pairs.
+
+    Adapters stand in the prompt as `<lora:NAME:STRENGTH>`. A value with a comma, colon or line break is quoted.
+    """
+    tags = "".join(f" <lora:{worn.name}:{worn.strength:g}>" for worn in settings.adapters)
+    pairs = {
+        "Steps": settings.steps,
+        "Sampler": settings.sampler,
+        "CFG scale": f"{settings.guidance:g}",
+        "Seed": settings.seed,
+        "Size": f"{settings.size}x{settings.size}",
+        "Model": settings.model or "tiny-sd",
+        "Version": f"vismodal {settings.version}",
+    }
+    texts = {name: str(value) for name, value in pairs.items() if value != ""}
+    quoted = {n: json.dumps(v, ensure_ascii=False) if set(v) & set(",:\n") else v for n, v in texts.items()}
+    lines = [f"{settings.prompt}{tags}", *([f"Negative prompt: {settings.negative}"] if settings.negative else [])]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in quoted.items())])
 
 
 def read_settings(path: Path) -> Settings:

@@ -6,25 +6,23 @@ write_file(contents, "kohya", "sks-kohya.safetensors", base_of("sdxl"))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismodal.adapter import Adapter
 from vismodal.attach import adapt
-from vismodal.checkpoint import FORMAT, from_json, to_json
-from vismodal.discover import discover
+from vismodal.checkpoint import described
 from vismodal.errors import InputError
-from vismodal.families import table
 from vismodal.files import write_tensors
-from vismodal.fingerprint import BANK
-from vismodal.formats import kohya, methods, own, peft, tokens
-from vismodal.formats.bases import Base, Kind, detect, models
+from vismodal.formats import kohya, peft, tokens
+from vismodal.formats.bases import Base, Kind, base_on, detect, models
 from vismodal.formats.layers import COMPONENTS, Layers, some
+from vismodal.formats.own_file import dead, fill, layers_of, read_own, write_own
 from vismodal.formats.tokens import Tokens
 
 FORMATS = ("diffusers", "kohya", "lycoris", "vismodal")
@@ -85,88 +83,55 @@ def read_file(path: str | Path, base: Base | None = None, token: str | None = No
             raise InputError(f"no file {path}")
         found, header = tokens.read_pickle(path)
         return Contents("textual inversion", tokens=_named(found, token), header=header)
-    tensors, header = read_tensors(path)
-    beside = path.with_name("adapter_config.json")
-    if any(key.startswith(peft.WRAPPED) for key in tensors) and beside.is_file():
-        header = {**header, peft.METADATA: beside.read_text(encoding="utf-8")}
     try:
-        return _read(tensors, header, base, token or path.stem)
+        return contents_in(*read_any(path), base, token or path.stem)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _read(tensors: dict[str, Tensor], header: dict[str, str], base: Base | None, name: str) -> Contents:
+def read_any(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_tensors`, with what peft writes beside its own files in the header."""
+    tensors, header = read_tensors(path)
+    beside = path.with_name("adapter_config.json")
+    if any(key.startswith(peft.WRAPPED) for key in tensors) and beside.is_file():
+        header = {**header, peft.METADATA: beside.read_text(encoding="utf-8")}
+    return tensors, header
+
+
+def format_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """ "vismodal", "kohya", "lycoris", "diffusers" or "textual inversion". Raises `InputError` for none of them."""
     if "vismodal" in header:
-        return _read_own(tensors, header, base)
+        return "vismodal"
     if any(map(kohya.knows, tensors)):
-        layers, found = kohya.read(tensors, base.n if base else 2)
-        style = "lycoris" if any(key.startswith("lycoris_") for key in tensors) else "kohya"
-        return Contents(style, layers, found, header, kind="sdxl" if kohya.is_xl(tensors) else None)
+        return "lycoris" if any(key.startswith("lycoris_") for key in tensors) else "kohya"
     if any(map(peft.knows, tensors)):
-        layers = peft.read(tensors, header)
-        bare = peft.METADATA not in header and not any("alpha" in layer for layer in layers.values())
-        notes = ("the header says no alpha: every layer is taken at strength 1, as diffusers does",) if bare else ()
-        return Contents("diffusers", layers, header=header, notes=notes)
+        return "diffusers"
     if tokens.is_tokens(tensors):
-        return Contents("textual inversion", tokens=tokens.read(tensors, name), header=header)
+        return "textual inversion"
     kinds = "diffusers, kohya, LyCORIS, vismodal or textual inversion"
     raise InputError(f"this is no adapter file of {kinds}; its keys are {some(tensors) or 'none'}")
 
 
+def contents_in(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None = None, name: str = "token"
+) -> Contents:
+    """What the tensors and the header of a file are; the arguments and errors are those of `read_file`."""
+    kind = format_of(tensors, header)
+    if kind == "vismodal":
+        return Contents(kind, read_own(tensors, header, base), header=header)
+    if kind in ("kohya", "lycoris"):
+        layers, found = kohya.read(tensors, base.n if base else 2)
+        return Contents(kind, layers, found, header, kind=cast(Kind | None, kohya.base_kind(tensors)))
+    if kind == "textual inversion":
+        return Contents(kind, tokens=tokens.read(tensors, name), header=header)
+    layers = peft.read(tensors, header)
+    bare = peft.METADATA not in header and not any("alpha" in layer for layer in layers.values())
+    notes = ("the header says no alpha: every layer is taken at strength 1, as diffusers does",) if bare else ()
+    return Contents(kind, layers, header=header, notes=notes)
+
+
 def _named(found: Tokens, token: str | None) -> Tokens:
     return {token: next(iter(found.values()))} if token and len(found) == 1 else found
-
-
-def _read_own(tensors: dict[str, Tensor], header: dict[str, str], base: Base | None) -> Contents:
-    if header["vismodal"] != FORMAT:
-        raise InputError(f"it has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    attached = [from_json(config) for config in json.loads(header["methods"]).values()]
-    prefixes = list(json.loads(header["base"]))
-    components = ["unet"] if prefixes == [""] else prefixes
-    if unknown := [p for p in components if p not in COMPONENTS]:
-        raise InputError(f"it adapts {some(map(repr, unknown))}; the formats of others know {', '.join(COMPONENTS)}")
-    if base is None:
-        raise InputError("a file of vismodal needs its base model; write --base sd1, sd2, sdxl or its folder")
-    values = any(key.endswith(".value") for key in tensors)  # of Tune, of which others hold the difference
-    found = models(base, components, weights=values)
-    adapter = adapt({"": found["unet"]} if prefixes == [""] else found, attached, "convert", seed=0)
-    fill(adapter, tensors)
-    return Contents("vismodal", layers_of(adapter), header=header)
-
-
-def fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Tensors of a file for the adapter's, which may have no storage. Raises `InputError` if they do not fit."""
-    mine = adapter.state_dict()
-    if wrong := sorted(mine.keys() ^ tensors.keys()):
-        raise InputError(f"it does not fit the base model, which differs at {some(wrong)}; write another --base")
-    adapter._resize(tensors)
-    if wrong := [k for k, t in adapter.state_dict().items() if t.shape != tensors[k].shape]:
-        raise InputError(f"it has other sizes than the base model at {some(wrong)}; write another --base")
-    for key, module in adapter._all_modules().items():
-        module.load_state_dict({n: tensors[f"{key}.{n}"] for n in module.state_dict()}, assign=True)
-
-
-def layers_of(adapter: Adapter) -> Layers:
-    """The layers of a live adapter on `{"unet": ..., "text_encoder": ...}`, or on a UNet alone.
-
-    Raises `InputError` naming what no file of another tool can say.
-    """
-    if adapter.merged:
-        raise InputError("a merged adapter has changed the base's values; write adapter.unmerge() first")
-    alone = list(adapter.models) == [""]
-    modules = {_of_unet(key): m for key, m in adapter.modules.items()} if alone else adapter.modules
-    held = {
-        f"{prefix or 'unet'}.{name}": p.detach()
-        for prefix, model in adapter.models.items()
-        for name, p in model.named_parameters()
-        if not name.startswith(f"{BANK}.")
-    }
-    return own.layers_of(modules, held)
-
-
-def _of_unet(key: str) -> str:
-    slot, _, site = key.partition("/")
-    return f"{slot}/unet.{site}"
 
 
 def contents_of(adapter: Adapter) -> Contents:
@@ -194,8 +159,12 @@ def write_file(contents: Contents, to: str, out: str | Path, base: Base | None =
     if not contents.layers and not contents.tokens:
         raise InputError("the file holds no layers and no tokens")
     tensors, header = _written(contents, to, base)
-    kept = {k: v for k, v in contents.header.items() if k not in _OF_FORMAT and isinstance(v, str)}
-    return write_tensors(out, tensors, {**kept, **header})
+    return write_tensors(out, tensors, {**_kept(contents.header), **header})
+
+
+def _kept(header: Mapping[str, str]) -> dict[str, str]:
+    """What a header says of the training, whatever the format."""
+    return {k: v for k, v in header.items() if k not in _OF_FORMAT and isinstance(v, str)}
 
 
 def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -220,9 +189,10 @@ def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, 
 
 
 def _base(contents: Contents) -> Base:
-    kind = contents.kind or detect(contents.layers, contents.header)
+    kind = detect(contents.layers, contents.header, contents.kind)
     if kind is None:
-        raise InputError("the file does not tell what it is for; write --base sd1, sd2, sdxl or the model's folder")
+        known = "sd1, sd2, sdxl, sd3, flux"
+        raise InputError(f"the file does not tell what it is for; write --base {known} or the model's folder")
     return Base(kind)
 
 
@@ -239,19 +209,46 @@ def only(contents: Contents, part: str | None) -> Contents:
 
 
 def _write_own(layers: Layers, base: Base) -> tuple[dict[str, Tensor], dict[str, str]]:
-    components = list(dict.fromkeys(module.partition(".")[0] for module in layers))
+    components = dict.fromkeys(module.partition(".")[0] for module in layers)
     values = any("diff" in layer or "w_norm" in layer for layer in layers.values())
     found = models(base, [c for c in COMPONENTS if c in components], weights=values)
-    sites = [s for prefix, m in found.items() for s in discover(m, table(m), prefix)]
-    chosen = methods.methods_for(layers, sites)
-    adapter = adapt(found, [method for method, _ in chosen], "convert", seed=0)
-    tensors: dict[str, Tensor] = {}
-    for slot, (_, by_site) in zip(adapter.methods, chosen, strict=True):
-        tensors |= {f"{slot}/{site}.{n}": t.float() for site, named in by_site.items() for n, t in named.items()}
-    fill(adapter, tensors)
-    header = {
-        "vismodal": FORMAT,
-        "methods": json.dumps({slot: to_json(m) for slot, m in adapter.methods.items()}, separators=(",", ":")),
-        "base": json.dumps({k: f._asdict() for k, f in adapter.bases.items()}, separators=(",", ":")),
-    }
+    tensors, header = write_own(layers, found)
+    fill(adapt(found, list(described(header)[0].values()), "convert", seed=0), tensors)  # raises where they do not fit
     return tensors, header
+
+
+# -- for use ---------------------------------------------------------------------------------------------------------
+
+
+def as_own(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], on: Mapping[str, nn.Module] | Base | None = None
+) -> tuple[Mapping[str, Tensor], Mapping[str, str], tuple[str, ...]]:
+    """Any file's tensors and header as a file of vismodal has them, and notes on what it lets one doubt.
+
+    Args:
+        tensors, header: of `read_any`; those of vismodal come back as they are.
+        on: the models by name, {"unet": ..., "text_encoder": ...}; or a base, whose weights are needed only for
+            differences (`diff`, norms); None for the base that the file itself tells.
+
+    Raises `InputError` for tokens, and for what the models do not have or no method here can be.
+    """
+    if format_of(tensors, header) == "vismodal":
+        return tensors, header, ()
+    base = on if on is None or isinstance(on, Base) else base_on(on)
+    contents = contents_in(tensors, header, base)
+    if not contents.layers:
+        raise InputError("it holds tokens and no adapter")
+    if contents.tokens:
+        raise InputError(
+            f"it holds the tokens {some(contents.tokens)} and an adapter; write vismodal convert --only adapter"
+        )
+    if on is None or isinstance(on, Base):
+        made, described_by = _write_own(contents.layers, base or _base(contents))
+    else:
+        made, described_by = write_own(contents.layers, on)
+    return made, {**_kept(header), **described_by}, (*contents.notes, *_of_dead(contents.layers, on))
+
+
+def _of_dead(layers: Layers, on: Mapping[str, nn.Module] | Base | None) -> list[str]:
+    gone = dead(layers, on) if isinstance(on, Mapping) else []
+    return [f"nothing in the model reads {some(gone)}, left out"] if gone else []

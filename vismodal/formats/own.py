@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.formats.halves import join
 from vismodal.formats.kohya import text_path
-from vismodal.formats.layers import Layers, rank
+from vismodal.formats.layers import DENOISERS, Layers, rank
 from vismodal.methods import METHODS
 from vismodal.methods.dora import Decomposed
 from vismodal.methods.loha import Hadamard
@@ -31,7 +31,7 @@ CANNOT = "the file formats of other tools"
 def module_of(path: str) -> str:
     """A module's path in a model as files have it: a text encoder's with `text_model.`."""
     component, _, rest = path.partition(".")
-    return path if component == "unet" else f"{component}.{text_path(rest)}"
+    return path if component in DENOISERS else f"{component}.{text_path(rest)}"
 
 
 # -- ours to layers ----------------------------------------------------------------------------------------------------

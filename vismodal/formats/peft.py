@@ -26,7 +26,6 @@ from vismodal.formats.layers import COMPONENTS, Layer, Layers, algorithm, alpha,
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-KNOWN = (*COMPONENTS, "transformer")
 WRAPPED = "base_model.model."  # before the paths in files of peft itself
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -57,13 +56,13 @@ def _check(layers: Layers) -> None:
     kohya = "write --to kohya, for web UIs and ComfyUI"
     for module, layer in layers.items():
         component = module.partition(".")[0]
-        if component not in KNOWN:
-            raise InputError(f"diffusers' LoRA files know {', '.join(KNOWN)}; the adapter has {component!r}")
+        if component not in COMPONENTS:
+            raise InputError(f"diffusers' LoRA files know {', '.join(COMPONENTS)}; the adapter has {component!r}")
         if algorithm(module, layer) != "lora":
             raise InputError(
                 f"diffusers' LoRA files hold plain LoRA only; {module} is {method_of(module, layer)}; {kohya}"
             )
-    for component in KNOWN:
+    for component in COMPONENTS:
         mine = {m: layer for m, layer in layers.items() if m.startswith(f"{component}.")}
         without = [m for m, layer in mine.items() if "dora_scale" not in layer]
         if without and len(without) < len(mine):
@@ -163,7 +162,7 @@ def knows(key: str) -> bool:
 def _stem(key: str) -> str | None:
     """Component and path, however the file begins its keys."""
     key = key.removeprefix(WRAPPED)
-    if key.startswith(tuple(f"{c}." for c in KNOWN)):
+    if key.startswith(tuple(f"{c}." for c in COMPONENTS)):
         return key
     return next((f"{component}.{key}" for head, component in _ALONE.items() if key.startswith(head)), None)
 

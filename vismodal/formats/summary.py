@@ -66,7 +66,7 @@ def _facts(contents: Contents) -> Iterable[tuple[str, str]]:
             yield "alpha", counted(f"{alpha(layer):g}" for layer in ranked)
         for component in dict.fromkeys(m.partition(".")[0] for m in layers):
             yield component, counted(kind_of(m) for m in layers if m.startswith(f"{component}."))
-        kind = contents.kind or detect(layers, contents.header)
+        kind = detect(layers, contents.header, contents.kind)
         yield "base", NAMES[kind] if kind else "the file does not tell"
         held = [t for layer in layers.values() for name, t in layer.items() if name != "alpha"]
         yield "parameters", f"{sum(t.numel() for t in held):,}"
