@@ -116,14 +116,15 @@ def _places(n: int) -> dict[str, str]:
 def kind_of(module: str) -> str:
     """The kind of a module's site, by its path, as `vm.sites` of the model has it; "other" where it has none."""
     parts = module.split(".")
-    cross, last = "x" if "attn2" in parts else "", parts[-1]
+    unet, last = "attentions" in parts, parts[-1]
+    cross = "x" if unet and "attn2" in parts else ""
     if parts[-2:] == ["to_out", "0"] or last == "out_proj":
         return f"{cross}attn.out"
     if last in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj"):
         return f"{cross}attn.{last.removeprefix('to_')[0]}"
     if last in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
         return f"attn.add.{'out' if last == 'to_add_out' else last[4]}"
-    if module.endswith("net.0.proj") and "attentions" not in parts:  # a transformer's has no gate
+    if module.endswith("net.0.proj") and not unet:  # a transformer's has no gate
         return "mlp.up"
     return next((kind for kind, ends in _KINDS.items() if module.endswith(ends)), "other")
 
@@ -135,9 +136,9 @@ _KINDS = {
     "proj.in": ("proj_in",),
     "proj.out": ("proj_out",),
     "conv": ("conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"),
+    "embed.text": ("context_embedder", "text_embedder.linear_1", "text_embedder.linear_2"),
     "time": ("time_emb_proj", "linear_1", "linear_2", ".linear"),
     "embed": ("x_embedder", "pos_embed.proj"),
-    "embed.text": ("context_embedder",),
     "norm": ("norm", "norm1", "norm2", "norm3", "norm_out", "layer_norm1", "layer_norm2", "final_layer_norm"),
     "projection": ("text_projection",),
 }

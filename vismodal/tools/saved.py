@@ -85,10 +85,10 @@ def read_saved(path: str | Path, model: str | None = None) -> Saved:
         return Saved(str(path), header, tensors)
     known = model is not None and (model in NAMES or model == EMBEDDED or Path(model).expanduser().is_dir())
     try:
-        tensors, header, _ = as_own(tensors, header, base_of(model) if model and known else None)
+        made, described_by, _ = as_own(tensors, header, base_of(model) if model and known else None)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return Saved(str(path), header, tensors)
+    return Saved(str(path), described_by, made)
 
 
 def saved_of(adapter: Adapter, metadata: Mapping[str, str] | None = None) -> Saved:
