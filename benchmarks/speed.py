@@ -156,7 +156,7 @@ def main(c: Config) -> Sequence[Row]:
         for row in PARTS[part](QUICK if c.quick else c.effort):
             rows.append(row)
             print(f"{row.task}, {row.setting}: {show(row.ours, row.unit)} / {show(row.peer, row.unit)}", flush=True)
-    note = (__doc__ or "").split("\n\n")[-1].strip()
+    note = "\n\n".join((__doc__ or "").split("\n\n")[2:]).strip()
     text = report("Speed and memory against peft", rows, about, note, "peft")
     print(f"\n{text}")
     out = c.out or (None if c.quick or len(c.parts) < len(PARTS) else Path(__file__).parent / "results" / "speed")
