@@ -88,7 +88,7 @@ def test_two_processes_get_what_one_does(settings: Any) -> None:
     main(settings)
     out = settings.output.parent / "two"
     save_config(replace(settings, output=out, threads=1), out.parent)
-    two_processes("clip_pairs", out.parent / "config.yaml")
+    two_processes("clip pairs", out.parent / "config.yaml")
     losses = [[row["loss"] for row in read_log(f / "metrics.jsonl")] for f in (settings.output, out)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
     mine, theirs = (load_file(f / "adapter.safetensors") for f in (settings.output, out))
