@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from layer_formula import changed
+from their_files import changed
 from torch import Tensor, nn
 
 import vismodal as vm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_formula import changed
+from their_files import changed
 from torch import Tensor
 
 import vismodal as vm

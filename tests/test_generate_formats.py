@@ -7,14 +7,13 @@ where it is wrong: alphas that differ, DoRA, LoHa, LoKr, OFT, full differences.
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from layer_formula import changed
+from their_files import XL, Layer, by_diffusers, by_formula, changed, diffusers, draw, kohya, lora, picture
 from tiny_diffusion import tiny_kind, tiny_pipeline
 from tiny_sdxl import tiny_sdxl
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from vismodal.files import write_tensors
 from vismodal.formats.summary import inspect
 
 pytest.importorskip("diffusers")
-Layer = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +39,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: folder / kind for kind in ("sd1", "sdxl", "sd3", "flux")}
 
 
-def picture(pipe) -> np.ndarray:
-    options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "guidance_scale": 3.0}
-    return pipe("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
-
-
 def with_file(folder: Path, file: Path) -> np.ndarray:
     """The picture as `vismodal generate` draws it, by plain calls of the pipeline."""
     pipe = load_pipeline(folder)
@@ -53,33 +46,6 @@ def with_file(folder: Path, file: Path) -> np.ndarray:
     row = shelf.row([Use("it")])
     with torch.no_grad(), vm.route(shelf.models, [row]):
         return picture(pipe)
-
-
-def by_diffusers(folder: Path, file: Path) -> np.ndarray:
-    pipe = load_pipeline(folder)
-    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-    return picture(pipe)
-
-
-def by_formula(folder: Path, layers: dict[str, Layer]) -> np.ndarray:
-    """`layers` by "COMPONENT.MODULE" as the pipeline's own models name it."""
-    pipe = load_pipeline(folder)
-    with torch.no_grad():
-        for path, layer in layers.items():
-            component, _, module = path.partition(".")
-            weight = getattr(pipe, component).get_submodule(module).weight
-            weight.copy_(changed(weight, layer))
-    return picture(pipe)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return 0.4 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lora(module: nn.Module, r: int = 2, alpha: float = 3.0, seed: int = 0) -> Layer:
-    out, inn, *kernel = module.weight.shape
-    up = draw(out, r, *[1] * len(kernel), seed=seed + 1)
-    return {"lora_down.weight": draw(r, inn, *kernel, seed=seed), "lora_up.weight": up, "alpha": torch.tensor(alpha)}
 
 
 def find(folder: Path, *ends: str) -> dict[str, nn.Module]:
@@ -90,30 +56,6 @@ def find(folder: Path, *ends: str) -> dict[str, nn.Module]:
     found = {f"{n}.{path}": m for n, part in parts.items() for path, m in part.named_modules() if path.endswith(ends)}
     assert found
     return found
-
-
-def kohya(layers: dict[str, Layer]) -> dict[str, Tensor]:
-    """With diffusers' names, as for SD1."""
-    heads = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
-    keys = {path: heads[path.partition(".")[0]] + path.partition(".")[2].replace(".", "_") for path in layers}
-    return {f"{keys[path]}.{suffix}": t for path, layer in layers.items() for suffix, t in layer.items()}
-
-
-def diffusers(layers: dict[str, Layer]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """With the alphas in the header, for each component."""
-    tensors: dict[str, Tensor] = {}
-    settings: dict[str, object] = {}
-    for path, layer in layers.items():
-        component, _, module = path.partition(".")
-        inner = "text_model." if component.startswith("text") else ""
-        stem = f"{component}.{inner}{module.removeprefix(inner)}"
-        tensors |= {
-            f"{stem}.lora_A.weight": layer["lora_down.weight"],
-            f"{stem}.lora_B.weight": layer["lora_up.weight"],
-        }
-        settings |= {f"{component}.r": len(layer["lora_down.weight"]), f"{component}.lora_alpha": float(layer["alpha"])}
-        settings.setdefault(f"{component}.target_modules", []).append(module)  # type: ignore[attr-defined]
-    return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
 
 
 ATTENTION = ("to_q", "to_v", "to_out.0", "q_proj", "out_proj")
@@ -138,27 +80,11 @@ def test_a_file_of_kohya_draws_what_diffusers_draws(made: dict[str, Path], tmp_p
     assert np.abs(want - picture(load_pipeline(made["sd1"]))).max() > 0.01
 
 
-BLOCK = "transformer_blocks.{}.attn{}"
-TEXT = "encoder.layers.{}.self_attn.{}"
-# modules of the tiny SDXL by the names that kohya's scripts have for them; a dot there is an underscore
-XL = {
-    f"unet.down_blocks.1.attentions.0.{BLOCK.format(0, 1)}.to_q": f"unet.input_blocks.4.1.{BLOCK.format(0, 1)}.to_q",
-    f"unet.mid_block.attentions.0.{BLOCK.format(1, 2)}.to_k": f"unet.middle_block.1.{BLOCK.format(1, 2)}.to_k",
-    "unet.up_blocks.0.attentions.2.proj_in": "unet.output_blocks.2.1.proj_in",
-    "unet.up_blocks.1.resnets.0.conv1": "unet.output_blocks.3.0.in_layers.2",
-    "unet.down_blocks.1.resnets.0.conv_shortcut": "unet.input_blocks.4.0.skip_connection",
-    f"text_encoder.{TEXT.format(0, 'out_proj')}": f"te1.text_model.{TEXT.format(0, 'out_proj')}",
-    f"text_encoder_2.text_model.{TEXT.format(1, 'out_proj')}": f"te2.text_model.{TEXT.format(1, 'out_proj')}",
-}
-
-
 def test_a_file_of_kohya_for_sdxl_draws_what_diffusers_draws(made: dict[str, Path], tmp_path: Path) -> None:
     pipe = load_pipeline(made["sdxl"])
     modules = {p: getattr(pipe, p.partition(".")[0]).get_submodule(p.partition(".")[2]) for p in XL}
     layers = {path: lora(m, seed=i) for i, (path, m) in enumerate(modules.items())}
-    stems = {path: f"lora_{XL[path].replace('.', '_')}" for path in XL}
-    named = {f"{stems[path]}.{suffix}": t for path, layer in layers.items() for suffix, t in layer.items()}
-    file = write_tensors(tmp_path / "their.safetensors", named)
+    file = write_tensors(tmp_path / "their.safetensors", kohya(layers, XL))
     ours = with_file(made["sdxl"], file)
     np.testing.assert_allclose(ours, by_formula(made["sdxl"], layers), atol=1e-4)
     np.testing.assert_allclose(ours, by_diffusers(made["sdxl"], file), atol=1e-4)
