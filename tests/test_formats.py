@@ -11,6 +11,7 @@ import vismodal as vm
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.formats import peft
+from vismodal.formats.files import contents_of, read_tensors, write_file
 
 DIFFUSERS = pytest.importorskip("diffusers")
 
@@ -44,6 +45,11 @@ def randomise(adapter, size=0.3) -> None:
 
 def export(adapter, folder):
     tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))
+    whole = write_file(contents_of(adapter), "diffusers", folder / "any-method.safetensors")  # LoRA alone or not
+    again, said = read_tensors(whole)
+    assert (
+        said == header and again.keys() == tensors.keys() and all(torch.equal(t, again[k]) for k, t in tensors.items())
+    )
     return write_tensors(folder / peft.FILE, tensors, header), header
 
 

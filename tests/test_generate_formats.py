@@ -17,6 +17,7 @@ from their_files import XL, Layer, by_diffusers, by_formula, changed, diffusers,
 from tiny_diffusion import tiny_kind, tiny_pipeline
 from tiny_sdxl import tiny_sdxl
 from torch import Tensor, nn
+from zoo import shake
 
 import vismodal as vm
 from vismodal import cli
@@ -24,6 +25,8 @@ from vismodal.diffusion.adapters import Shelf, Use, read_adapters
 from vismodal.diffusion.load import load_pipeline
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
+from vismodal.formats.bases import base_of
+from vismodal.formats.files import contents_of, read_file, read_tensors, write_file
 from vismodal.formats.summary import inspect
 
 pytest.importorskip("diffusers")
@@ -166,6 +169,52 @@ def test_what_diffusers_reads_wrongly_is_what_the_file_says(made: dict[str, Path
     with warnings.catch_warnings(), contextlib.suppress(ValueError, KeyError, RuntimeError):
         warnings.simplefilter("ignore")  # it only warns where it drops a layer's own alpha
         assert np.abs(by_diffusers(made["sd1"], file) - want).max() > 1e-3, "diffusers reads it now: compare with that"
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_our_own_files_for_sd3_and_flux_go_through_every_format(
+    made: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    pipe, base = load_pipeline(made[kind]), base_of(made[kind])
+    parts = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
+    methods = [vm.LoRA(sites=("attn.*", "mlp.*", "time"), rank=2, alpha=3, where="transformer.*"),
+               vm.LoRA(sites=("attn.*",), rank=3, where="text_encoder.*")]  # fmt: skip
+    adapter = vm.adapt(parts, methods, "a", seed=0)
+    shake(adapter, 0.3)
+    live = picture(pipe)
+    contents = read_file(vm.save(adapter, tmp_path / "ours.safetensors"), base)
+    assert contents.layers.keys() == contents_of(adapter).layers.keys()
+    theirs = write_file(contents, "diffusers", tmp_path / "diffusers.safetensors")
+    np.testing.assert_allclose(by_diffusers(made[kind], theirs), live, atol=1e-4)
+    flat = write_file(contents, "kohya", tmp_path / "kohya.safetensors", base)
+    assert kohya_keys(flat) and dict(inspect(flat).facts)["base"] in ("Stable Diffusion 3", "Flux.1")
+    for file in (theirs, flat):
+        np.testing.assert_allclose(with_file(made[kind], file), live, atol=1e-4)
+        back = write_file(read_file(file), "vismodal", tmp_path / "back.safetensors", base)
+        np.testing.assert_allclose(with_file(made[kind], back), live, atol=1e-4)
+
+
+def kohya_keys(file: Path) -> bool:
+    """All of the original form, where q, k and v are one."""
+    keys = read_tensors(file)[0]
+    return all(key.startswith(("lora_unet_", "lora_te1_text_model_")) for key in keys) and not any(
+        "to_q" in key or "transformer_blocks" in key for key in keys
+    )
+
+
+def test_names_of_sdxl_are_counted_by_the_pipelines_own_blocks(tmp_path: Path) -> None:
+    """A UNet of one residual block a level, as `layers_per_block` says."""
+    tiny_kind("sdxl", tmp_path / "model")
+    names = {
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q":
+            "unet.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+        "unet.up_blocks.1.attentions.1.proj_in": "unet.output_blocks.3.1.proj_in",
+    }  # fmt: skip
+    unet = load_pipeline(tmp_path / "model").unet
+    layers = {p: lora(unet.get_submodule(p.removeprefix("unet.")), seed=i) for i, p in enumerate(names)}
+    file = write_tensors(tmp_path / "their.safetensors", kohya(layers, names))
+    want = by_formula(tmp_path / "model", layers)
+    np.testing.assert_allclose(with_file(tmp_path / "model", file), want, atol=1e-4)
 
 
 # -- what cannot be said -----------------------------------------------------------------------------------------------

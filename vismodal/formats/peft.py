@@ -149,6 +149,8 @@ _ALONE = {
     "conv_": "unet",
     "time_embedding.": "unet",
     "add_embedding.": "unet",
+    "transformer_blocks.": "transformer",
+    "single_transformer_blocks.": "transformer",
     "text_model.": "text_encoder",
     "encoder.layers.": "text_encoder",
 }
