@@ -49,8 +49,8 @@ class Config:
     """Measure personalised generators: likeness to the subject, obedience to the prompt, and what became of the rest.
 
     Args:
-        adapters: files of vismodal, or folders of runs; NAME=FILE gives one a name in the table. Each is measured
-            alone, beside the base.
+        adapters: files of vismodal, diffusers, kohya or LyCORIS, or folders of runs; NAME=FILE gives one a name in the
+            table. Each is measured alone, beside the base.
         strengths: how strongly they act, one for each or one for all.
         generated: folder of pictures that were drawn elsewhere, instead of adapters; with captions, or as vismodal
             generate leaves them, their prompts count too.

@@ -473,6 +473,12 @@ def test_the_base_is_told_by_the_file(tmp_path):
         }
 
     assert [detect(width(n), {}) for n in (768, 1024, 2048, 24)] == ["sd1", "sd2", "sdxl", None]
+    block = "transformer.transformer_blocks.1.attn.to_q"
+    wide = [{block: {"lora_down.weight": torch.ones(1, n)}} for n in (3072, 1536, 2432, 24)]
+    assert [detect(layers, {}) for layers in wide] == ["flux", "sd3", "sd3", None]
+    assert detect({"transformer.single_transformer_blocks.0.proj_out": {}}, {}) == "flux"
+    assert detect({}, {"ss_base_model_version": "flux1"}, "sdxl") == "flux"  # keys of a text encoder alone tell less
+    assert detect({}, {}, "sdxl") == "sdxl"
     assert detect({"text_encoder_2.text_projection": {}}, {}) == "sdxl"
     assert detect({}, {"ss_base_model_version": "sdxl_base_v1-0"}) == "sdxl"
     assert detect({}, {"modelspec.architecture": "stable-diffusion-v1/lora"}) == "sd1"

@@ -204,5 +204,7 @@ def test_every_site_of_the_real_classes_has_a_name() -> None:
             rows, columns = model.get_submodule(path).weight.flatten(1).shape
             (original,) = mmdit.to_original({path: lora(rows, columns)}, kind)
             assert path in mmdit.paths_of(original.replace(".", "_"), kind)
+    layers = {f"transformer.{path}": lora(4) for path in ("x_embedder", "single_transformer_blocks.1.proj_out")}
+    assert kohya.read(kohya.write_lycoris(layers)[0])[0].keys() == layers.keys()
     flat = {f"lora_transformer_transformer_blocks_0_attn_to_q.{n}": t for n, t in lora(4).items()}
     assert list(kohya.read(flat)[0]) == ["transformer.transformer_blocks.0.attn.to_q"]

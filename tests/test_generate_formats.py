@@ -7,6 +7,7 @@ where it is wrong: alphas that differ, DoRA, LoHa, LoKr, OFT, full differences.
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from pathlib import Path
 
@@ -81,6 +82,25 @@ def test_a_file_of_kohya_draws_what_diffusers_draws(made: dict[str, Path], tmp_p
     want = by_diffusers(made["sd1"], file)
     np.testing.assert_allclose(with_file(made["sd1"], file), want, atol=1e-4)
     assert np.abs(want - picture(load_pipeline(made["sd1"]))).max() > 0.01
+
+
+def test_a_folder_of_peft_is_an_adapter_at_any_strength(made: dict[str, Path], tmp_path: Path) -> None:
+    """`adapter_model.safetensors` with its config beside; half of it is the formula with half of alpha."""
+    modules = find(made["sd1"], "to_q")
+    modules = {path: m for path, m in modules.items() if path.startswith("unet.")}
+    layers = {path: lora(m, alpha=3.0, seed=i) for i, (path, m) in enumerate(modules.items())}
+    named = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    tensors = {f"base_model.model.{path.removeprefix('unet.')}.{n}": la[t]
+               for path, la in layers.items() for n, t in named.items()}  # fmt: skip
+    folder = tmp_path / "dog"
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 3, "target_modules": ["to_q"]}))
+    pipe = load_pipeline(made["sd1"])
+    shelf = Shelf(pipe, read_adapters([str(folder)]))
+    row = shelf.row([Use("dog", 0.5)])
+    half = {path: {**la, "alpha": torch.tensor(1.5)} for path, la in layers.items()}
+    with torch.no_grad(), vm.route(shelf.models, [row]):
+        np.testing.assert_allclose(picture(pipe), by_formula(made["sd1"], half), atol=1e-4)
 
 
 def test_a_file_of_kohya_for_sdxl_draws_what_diffusers_draws(made: dict[str, Path], tmp_path: Path) -> None:
@@ -184,6 +204,9 @@ def test_our_own_files_for_sd3_and_flux_go_through_every_format(
     live = picture(pipe)
     contents = read_file(vm.save(adapter, tmp_path / "ours.safetensors"), base)
     assert contents.layers.keys() == contents_of(adapter).layers.keys()
+    alone = vm.adapt(load_pipeline(made[kind]).transformer, vm.LoRA(sites=("attn.*",)), "alone")  # without prefixes
+    bare = read_file(vm.save(alone, tmp_path / "alone.safetensors"), base).layers
+    assert bare.keys() == contents_of(alone).layers.keys() <= contents.layers.keys()
     theirs = write_file(contents, "diffusers", tmp_path / "diffusers.safetensors")
     np.testing.assert_allclose(by_diffusers(made[kind], theirs), live, atol=1e-4)
     flat = write_file(contents, "kohya", tmp_path / "kohya.safetensors", base)

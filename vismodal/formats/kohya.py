@@ -37,7 +37,7 @@ PREFIXES = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
-    "lycoris_": "unet",
+    "lycoris_": "unet",  # or a transformer
     "lora_transformer_": "transformer",
 }
 T5 = "lora_te3_"
@@ -87,11 +87,13 @@ def read(tensors: Mapping[str, Tensor], n: int = 2) -> tuple[Layers, Tokens]:
             stem, _, suffix = key.partition(".")
             stems.setdefault(stem, {})[suffix] = tensor
     kind = base_kind(stems)
+    blocks = ("lycoris_transformer_blocks_", "lycoris_single_transformer_blocks_")
+    wrapped = DENOISERS[any(stem.startswith(blocks) for stem in stems)]
     layers: Layers = {}
     unknown: list[str] = []
     for stem, layer in stems.items():
         wrong = [f"{stem}.{suffix}" for suffix in layer if suffix not in SUFFIXES]
-        named = None if wrong else _named(stem, layer, n, kind)
+        named = None if wrong else _named(stem, layer, n, kind, wrapped)
         if named is None:
             unknown += wrong or [f"{stem}.{suffix}" for suffix in layer]
         layers |= named or {}
@@ -103,14 +105,15 @@ def read(tensors: Mapping[str, Tensor], n: int = 2) -> tuple[Layers, Tokens]:
     return layers, tokens.unbundle(bundled)
 
 
-def _named(stem: str, layer: dict[str, Tensor], n: int, kind: str | None) -> Layers | None:
-    """A layer by the modules that it is for; None where its name is of none that are known here."""
+def _named(stem: str, layer: dict[str, Tensor], n: int, kind: str | None, wrapped: str) -> Layers | None:
+    """A layer by the modules that it is for; None where its name is of none that are known here. `wrapped` is the model
+    that `lycoris_` stands for."""
     prefix = next((p for p in PREFIXES if stem.startswith(p)), "")
     name = stem.removeprefix(prefix)
     try:
         if prefix != "lora_unet_" or kind not in mmdit.KINDS:
-            module = _module(PREFIXES[prefix], name, n) if prefix else None
-            return {module: layer} if module else None
+            component = wrapped if prefix == "lycoris_" else PREFIXES.get(prefix)
+            return {_module(component, name, n): layer} if component else None
         paths = mmdit.paths_of(name, kind)
     except InputError:
         return None
@@ -119,8 +122,6 @@ def _named(stem: str, layer: dict[str, Tensor], n: int, kind: str | None) -> Lay
 
 def _module(component: str, name: str, n: int) -> str:
     path = names.dotted(name)
-    if path.startswith(("transformer_blocks.", "single_transformer_blocks.")):
-        component = "transformer"
     if component in DENOISERS:
         return f"{component}.{names.from_original(path, n) if names.is_original(path) else path}"
     return f"{component}.{text_path(path)}"

@@ -151,6 +151,11 @@ _ALONE = {
     "add_embedding.": "unet",
     "transformer_blocks.": "transformer",
     "single_transformer_blocks.": "transformer",
+    "time_text_embed.": "transformer",
+    "context_embedder.": "transformer",
+    "x_embedder.": "transformer",
+    "norm_out.": "transformer",
+    "proj_out.": "transformer",
     "text_model.": "text_encoder",
     "encoder.layers.": "text_encoder",
 }
