@@ -219,22 +219,36 @@ def _write_own(layers: Layers, base: Base) -> tuple[dict[str, Tensor], dict[str,
 
 # -- for use ---------------------------------------------------------------------------------------------------------
 
+Own = tuple[Mapping[str, Tensor], Mapping[str, str], tuple[str, ...]]
 
-def as_own(
-    tensors: Mapping[str, Tensor], header: Mapping[str, str], on: Mapping[str, nn.Module] | Base | None = None
-) -> tuple[Mapping[str, Tensor], Mapping[str, str], tuple[str, ...]]:
-    """Any file's tensors and header as a file of vismodal has them, and notes on what it lets one doubt.
+
+def as_own(tensors: Mapping[str, Tensor], header: Mapping[str, str], models: Mapping[str, nn.Module]) -> Own:
+    """Any file's tensors and header as those of a file of vismodal, and notes on what it lets one doubt.
 
     Args:
         tensors, header: of `read_any`; those of vismodal come back as they are.
-        on: the models by name, {"unet": ..., "text_encoder": ...}; or a base, whose weights are needed only for
-            differences (`diff`, norms); None for the base that the file itself tells.
+        models: that it is for, {"unet": ..., "text_encoder": ...}.
 
     Raises `InputError` for tokens, and for what the models do not have or no method here can be.
     """
     if format_of(tensors, header) == "vismodal":
         return tensors, header, ()
-    base = on if on is None or isinstance(on, Base) else base_on(on)
+    contents = _adapter_in(tensors, header, base_on(models))
+    made, described_by = write_own(contents.layers, models)
+    gone = dead(contents.layers, models)
+    left_out = (f"nothing in the model reads {some(gone)}, left out",) if gone else ()
+    return made, {**_kept(header), **described_by}, (*contents.notes, *left_out)
+
+
+def as_own_on(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None) -> Own:
+    """The same of a file of others without the models: for a base, whose weights are needed only for differences
+    (`diff`, norms); None for the one that the file tells."""
+    contents = _adapter_in(tensors, header, base)
+    made, described_by = _write_own(contents.layers, base or _base(contents))
+    return made, {**_kept(header), **described_by}, contents.notes
+
+
+def _adapter_in(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None) -> Contents:
     contents = contents_in(tensors, header, base)
     if not contents.layers:
         raise InputError("it holds tokens and no adapter")
@@ -242,13 +256,4 @@ def as_own(
         raise InputError(
             f"it holds the tokens {some(contents.tokens)} and an adapter; write vismodal convert --only adapter"
         )
-    if on is None or isinstance(on, Base):
-        made, described_by = _write_own(contents.layers, base or _base(contents))
-    else:
-        made, described_by = write_own(contents.layers, on)
-    return made, {**_kept(header), **described_by}, (*contents.notes, *_of_dead(contents.layers, on))
-
-
-def _of_dead(layers: Layers, on: Mapping[str, nn.Module] | Base | None) -> list[str]:
-    gone = dead(layers, on) if isinstance(on, Mapping) else []
-    return [f"nothing in the model reads {some(gone)}, left out"] if gone else []
+    return contents

@@ -7,6 +7,7 @@ write_saved(a, "copy.safetensors")
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.fingerprint import Fingerprint
 from vismodal.formats.bases import EMBEDDED, NAMES, base_of
-from vismodal.formats.files import as_own, read_any
+from vismodal.formats.files import as_own_on, read_any
 from vismodal.methods import AdaLoRA, DyLoRA, LoRA, Method, PiSSA, Tune
 from vismodal.methods.lowrank import Own
 from vismodal.site import Place, Site
@@ -85,9 +86,11 @@ def read_saved(path: str | Path, model: str | None = None) -> Saved:
         return Saved(str(path), header, tensors)
     known = model is not None and (model in NAMES or model == EMBEDDED or Path(model).expanduser().is_dir())
     try:
-        made, described_by, _ = as_own(tensors, header, base_of(model) if model and known else None)
+        made, described_by, notes = as_own_on(tensors, header, base_of(model) if model and known else None)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
     return Saved(str(path), described_by, made)
 
 
