@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vismodal as vm
+from vismodal.data.decode import Unusable
 from vismodal.data.edges import edges
-from vismodal.data.photos import pixels
+from vismodal.data.photos import pixels, read_picture
+from vismodal.diffusion.adapters import AdapterFile
 from vismodal.diffusion.denoise import Pictures, Row
 from vismodal.diffusion.generate import generate
 from vismodal.diffusion.kinds import Pipe
@@ -133,6 +136,39 @@ def control_of(header: Mapping[str, str], pipe: Pipe, size: int) -> Control | No
     if kind == "picture":
         return Likeness(clip_encoders(header.get(ENCODER))[0], header.get(ENCODER), size)
     raise InputError(f"there is no control {kind!r}; write edges or picture")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that steers an adapter, and the row that it makes."""
+
+    path: Path
+    row: Tensor
+
+
+def read_conditions(
+    given: Sequence[str], files: Mapping[str, AdapterFile], pipe: Pipe, size: int
+) -> dict[str, Picture]:
+    """By their adapters' names, the pictures in `given`: NAME=FILE, or FILE for all adapters that something steers.
+
+    Raises `InputError` for a name that no such adapter has, and a file that is no picture.
+    """
+    controls = {name: control_of(file.header, pipe, size) for name, file in files.items()}
+    steered = {name: control for name, control in controls.items() if control is not None}
+    found: dict[str, Picture] = {}
+    for text in given:
+        name, equals, rest = text.partition("=")
+        names, path = ([name], Path(rest)) if equals and not Path(text).exists() else (list(steered), Path(text))
+        if not names or not set(names) <= steered.keys():
+            raise InputError(
+                f"{text} steers no adapter; those that something steers are: {', '.join(steered) or 'none'}"
+            )
+        try:
+            image = read_picture(path.expanduser())
+        except Unusable as error:
+            raise InputError(f"{path} cannot steer: {error}") from error
+        found |= {name: Picture(path, steered[name].rows([image])) for name in names}
+    return found
 
 
 # -- in training -----------------------------------------------------------------------------------------------------
