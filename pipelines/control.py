@@ -58,7 +58,7 @@ class Config:
         captions: use the pictures' captions where they have one.
         held_out: how many of the pictures are not learnt from; the samples are steered by them.
         encoder: of the pictures: ARCH/TAG of open_clip, a folder, or a Hub id; without it, tiny-clip.
-        drop: how often a text is left out, and as often the picture, and as often both.
+        drop: how often a text is left out, and as often the picture, and as often both; edges always stay.
         model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
         output: folder for the results. Without it, the next free runs/control-N.
         resume: go on with the run in `output`; to the bit what it would have become without the stop.

@@ -245,7 +245,7 @@ WRONG = [
     (vm.IPAdapter(width=WIDTH), fixed(2, 9), r"takes features of pictures, rows x 10, not 2x9"),
     (vm.IPAdapter(width=WIDTH), torch.zeros(2, 10, dtype=torch.long), r"rows x 10, not 2x10 of torch.int64"),
     (vm.T2IAdapter(), fixed(2, 3, 64, 64), r"takes maps, rows x 1 x height x width, not 2x3x64x64"),
-    (vm.LoRA(sites=("attn.q",)), E, r"LoRA in 'default' take 0 conditions, not one: only IPAdapter and T2IAdapter do"),
+    (vm.LoRA(sites=("attn.q",)), E, r"LoRA in 'default' take 0 conditions, not one: only T2IAdapter and IPAdapter do"),
     ([vm.T2IAdapter(), vm.IPAdapter()], E, r"T2IAdapter and IPAdapter in 'default' take 2 .*names of their own"),
 ]
 

@@ -14,7 +14,7 @@ from vismodal.dead import unused
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.limit import Limit
-from vismodal.methods import Method
+from vismodal.methods import METHODS, Method
 from vismodal.pruning import Pruned, prune
 from vismodal.sharding import spread_like, whole
 
@@ -175,7 +175,8 @@ class Adapter:
         taking = [method for method in self.methods.values() if method.conditioned]
         if len(taking) != 1:
             names = " and ".join(type(m).__name__ for m in taking or self.methods.values())
-            todo = "adapt them under names of their own" if taking else "only IPAdapter and T2IAdapter do"
+            those = " and ".join(m.__name__ for m in METHODS if m.conditioned)
+            todo = "adapt them under names of their own" if taking else f"only {those} do"
             raise InputError(f"{names} in {self.name!r} take {len(taking)} conditions, not one: {todo}")
         number = self._parts[0].given + 1
         new = None if rows is None else taking[0].condition(rows.detach().clone())._replace(number=number)
