@@ -25,7 +25,7 @@ from vismodal import runs
 from vismodal.callbacks import Every, Progress, Track
 from vismodal.data.emoji import load_emoji
 from vismodal.data.photos import Photo
-from vismodal.data.subject import CLASS_PROMPT, subject_folder
+from vismodal.data.subject import subject_folder
 from vismodal.diffusion.control import Control, Steered, control_of, draw, steering
 from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.encode import warn_of_long
@@ -161,11 +161,11 @@ def run(config: Config) -> Result:
     warn_of_long(pipe, [known(p.caption) for p in (*learnt, *asked)])
     header = {"control": config.control, **({"encoder": config.encoder} if config.encoder else {})}
     control = known(control_of(header, pipe, manner.size))
-    unet = kind_of(pipe).model(pipe)
-    adapter = vm.adapt(unet, control.method(), name="control", seed=seed_of(config.seed, "adapter"))
-    unet.train()
+    denoiser = kind_of(pipe).model(pipe)
+    adapter = vm.adapt(denoiser, control.method(), name="control", seed=seed_of(config.seed, "adapter"))
+    denoiser.train()
     if config.gradient_checkpointing:
-        checkpoint_gradients({"denoiser": unet})
+        checkpoint_gradients({"denoiser": denoiser})
     config = replace(config, output=runs.claim(config.output, "control", config.resume, accelerator))
     output = known(config.output)  # until here nothing was written: bad input leaves no trace
 
@@ -236,9 +236,9 @@ def pictures_of(config: Config) -> tuple[list[Photo], list[Photo]]:
                 f"{len(found)} pictures, of which {config.held_out} are held out, leave none to learn from"
             )
         learnt, asked = found[: -config.held_out], found[-config.held_out :]
-    usual = config.prompt or (CLASS_PROMPT if config.photos is config.data is None else "")
-    learnt = [replace(p, caption=(p.caption if config.captions else None) or usual) for p in learnt]
-    asked = [replace(p, caption=config.prompt or p.caption or usual) for p in asked]
+    prompt, said = config.prompt or "", config.captions
+    learnt = [replace(p, caption=(said and p.caption) or prompt) for p in learnt]
+    asked = [replace(p, caption=prompt or (said and p.caption) or "") for p in asked]
     return learnt, asked
 
 

@@ -73,8 +73,10 @@ class Settings:
 def write_picture(path: Path, image: Image.Image, settings: Settings) -> Path:
     """A PNG with its settings, whole or absent."""
     chunks, buffer = PngInfo(), io.BytesIO()
-    named = {"adapters": settings.adapters, "conditions": settings.conditions}
-    plain = asdict(settings) | {name: [one._asdict() for one in found] for name, found in named.items()}
+    plain = asdict(settings) | {
+        "adapters": [worn._asdict() for worn in settings.adapters],
+        "conditions": [given._asdict() for given in settings.conditions],
+    }
     chunks.add_text(CHUNK, json.dumps(plain))
     image.save(buffer, "png", pnginfo=chunks)
     return write_file(path, buffer.getvalue())
