@@ -84,7 +84,7 @@ def section(found: Found) -> str:
     head = ["trained", *table.sets, "mean", "parameters", "kept", "step", "PPT"]
     parts = [f"## {TITLES.get(found['model'], found['model'])}", about(found)]
     parts += [markdown(head, [table.cells(label) for label in order])]
-    best = found["best"] if len(found["seeds"]) > 1 else [l for l in order if l not in core and table.means(l)][:1]
+    best = found["best"] if found["candidates"] else [l for l in order if l not in core and table.means(l)][:1]
     pairs = [("LoRA", "peft LoRA"), *((b, p) for b in best or () for p in ("full fine-tuning", "peft LoRA"))]
     verdicts = [text for one, other in pairs if (text := table.paired(one, other))]
     parts += [" ".join([f"± is the standard error over the pairs. {' '.join(verdicts)}"])] if verdicts else []
@@ -98,11 +98,12 @@ def section(found: Found) -> str:
 def about(found: Found) -> str:
     seeds = len(found["seeds"])
     words = f"Accuracy on test in per cent, {found['recipe'].epochs} epochs, "
-    words += f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    if seeds > 1 and found["best"] is None:
-        return words + "; which candidates run with all seeds is not decided yet."
-    chosen = f"; of the candidates {' and '.join(found['best'])} were the best on validation" if seeds > 1 else ""
-    return words + chosen + ("; the others ran with one seed." if seeds > 1 else ".")
+    words += f"mean ± standard deviation over {seeds} seeds." if seeds > 1 else "one seed."
+    if not found["candidates"]:
+        return words
+    each = ", ".join(f"{k} {'–' if v is None else f'{100 * v[0]:.1f}'}" for k, v in found["candidates"].items())
+    chosen = " and ".join(found["best"]) + " go on" if found["best"] is not None else "not decided yet"
+    return f"{words} Candidates for the best two, mean validation accuracy after short trainings: {each}; {chosen}."
 
 
 def recipe_of(recipe: Any) -> str:

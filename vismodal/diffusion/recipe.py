@@ -1,0 +1,183 @@
+"""The settings of DreamBooth, in groups. A pipeline's `Config` inherits them all: on the command line they are flat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vismodal.diffusion.denoise import Crop
+from vismodal.diffusion.processes import Density
+from vismodal.train import Schedule
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt, by which model, and where the results go.
+
+    Args:
+        photos: folder with a few photos of the subject: jpg, png, webp; captions from NAME.txt or metadata.jsonl.
+            Without it, the six drawings of a robot that come with vismodal.
+        prompt: what a photo shows, with the subject's word in it, such as "a photo of sks dog".
+        subject: the word in the prompt that stands for the subject; a rare one, so that it means nothing else yet.
+        model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
+        output: folder for the results. Without it, the next free runs/dreambooth-N.
+        resume: go on with the run in `output`; to the bit what it would have become without the stop.
+    """
+
+    photos: Path | None = None
+    prompt: str | None = None
+    subject: str = "sks"
+    model: str | None = None
+    output: Path | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """How pictures are read, and those of the class that keep the class as it is.
+
+    Args:
+        captions: use the photos' captions where they have one; the prompt goes before those without the subject's word.
+        resolution: side in pixels of the training squares and the samples. Without it, what the model was made for.
+        crop: the square in the middle of a photo, or anywhere (then latents are not cached).
+        flip: mirror photos half of the times; not for subjects with writing on them or a side.
+        prior: weight of the prior-preservation loss, which keeps the class as it is; 1 is the paper's, 0 is off.
+        class_prompt: prompt of the class images; without it, the prompt without the subject's word.
+        class_images: how many class images there are to be.
+        class_folder: where they are found, or made and kept. Without it, OUTPUT/class.
+    """
+
+    captions: bool = True
+    resolution: int | None = None
+    crop: Crop = "center"
+    flip: bool = False
+    prior: float = 0.0
+    class_prompt: str | None = None
+    class_images: int = 100
+    class_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is trained.
+
+    Args:
+        train_text_encoder: adapt the CLIP text encoders too.
+        sites: where LoRA attaches in the UNet or transformer: attention, +ff, +conv (each with those before it), all;
+            or kinds of sites, which `vm.sites(unet)` lists. Without it, attention, and with the embedded model +conv.
+        text_sites: where it attaches in the text encoders.
+        rank: inner dimension of LoRA.
+        alpha: LoRA acts with alpha / rank; without it, with 1.
+        dropout: probability of dropping LoRA's inputs while training.
+    """
+
+    train_text_encoder: bool = False
+    sites: tuple[str, ...] | None = None
+    text_sites: tuple[str, ...] = ("attn.*",)
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """The loss and its descent.
+
+    Args:
+        steps: updates in all; 500, or 600 with the embedded model. More with --resume extends a finished run.
+        batch: photos for each forward pass, and as many class images on top; 1, or 4 with the embedded model.
+        accumulate: forward passes for each update.
+        learning_rate: of AdamW, after warming up; 1e-4, or 1e-3 with the embedded model.
+        schedule: course of the learning rate; constant, or cosine with the embedded model.
+        warmup: updates over which it rises from zero.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient; 0 is off.
+        min_snr: gamma of the Min-SNR loss weights (arXiv 2303.09556), usually 5; 0 is off.
+        offset_noise: strength of offset noise, usually 0.05 to 0.1; 0 is off.
+        levels: density of the noise levels where the model is trained by flow matching (SD3, Flux).
+        seed: of everything random.
+    """
+
+    steps: int | None = None
+    batch: int | None = None
+    accumulate: int = 1
+    learning_rate: float | None = None
+    schedule: Schedule | None = None
+    warmup: int = 0
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    min_snr: float = 0.0
+    offset_noise: float = 0.0
+    levels: Density = "logit_normal"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The pictures that are drawn on the way.
+
+    Args:
+        sample_every: make sample images before, after, and every so many steps; 0 before and after only.
+        sample_prompts: of the samples. Without them, the prompt, and for the embedded subject on two new backgrounds.
+        sample_count: samples for each prompt, with seeds that stay the same.
+        sample_steps: denoising steps of samples and class images; 25, or 20 with the embedded model.
+        guidance: classifier-free guidance of samples and class images; as usual with the kind of model (7.5 for Stable
+            Diffusion 1 and 2), or 4 with the embedded one.
+    """
+
+    sample_every: int = 100
+    sample_prompts: tuple[str, ...] = ()
+    sample_count: int = 4
+    sample_steps: int | None = None
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Time, memory and disk.
+
+    Args:
+        mixed_precision: precision of the frozen model and of the computation; fp16 needs a GPU.
+        gradient_checkpointing: less memory for more time.
+        cache: encode photos and prompts once instead of at every step.
+        save_every: save a checkpoint every so many steps; a stop and the end save one anyway.
+        keep: how many checkpoints stay.
+        threads: of the CPU; torch's own choice, or 1 with the embedded model, which is too small to be shared out. A
+            resume is exact to the bit with as many.
+        track: one of accelerate's trackers, such as tensorboard or wandb.
+    """
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    cache: bool = True
+    save_every: int = 100
+    keep: int = 2
+    threads: int | None = None
+    track: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe(Machine, Sampling, Optimisation, Adaptation, Data, Task):
+    """All of them. A dataclass lists the fields of its last base first: from the task to the machine."""
+
+
+PHOTO = "a photo of sks dog"
+
+# The usual value, and the one that suits the embedded model, which is small, fast and far less trained.
+BY_MODEL = {
+    "sites": (("attention",), ("+conv",)),
+    "steps": (500, 600),
+    "batch": (1, 4),
+    "learning_rate": (1e-4, 1e-3),
+    "schedule": ("constant", "cosine"),
+    "sample_steps": (25, 20),
+    "guidance": (None, 4.0),  # None: by the kind of model
+}
+
+# What may change between a stop and its resume, since it does not touch what the adapter becomes; or (photos, model,
+# class_folder) because the content is compared, not the place; or (steps) because a resume may extend a run.
+FREE = {
+    "photos", "model", "output", "resume", "class_folder", "steps", "gradient_checkpointing", "cache", "sample_every",
+    "save_every", "keep", "threads", "track",
+}  # fmt: skip
