@@ -23,7 +23,8 @@ from vismodal.callbacks import read_log
 from vismodal.data.edges import edges
 from vismodal.data.photos import pixels, read_photos
 from vismodal.diffusion import control
-from vismodal.diffusion.control import Edges, Likeness, Steered
+from vismodal.diffusion.control import Edges, Likeness, Steered, steering
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.load import load_pipeline
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.evaluation.encoders import Encoder
@@ -107,8 +108,9 @@ def test_each_row_has_the_condition_of_its_picture_and_what_is_dropped_is_drawn_
 ) -> None:
     found = read_photos(photos).photos
     given = Condition(torch.arange(4.0)[:, None], torch.full((4, 1), -1.0))
-    prompts = [str(i) for i in range(4)]
-    pictures = Steered(load_pipeline(model), "p", [p.image for p in found], prompts, given, size=16, drop=0.2)
+    said = [str(i) for i in range(4)]
+    pipe = load_pipeline(model)
+    pictures = Steered(pipe, "p", [p.image for p in found], said, given, size=16, drop=0.2)
     micro = Micro(seed=3, step=0, index=5)
     places = micro.positions(40)
     rows = pictures.conditions(micro, places)
@@ -121,6 +123,14 @@ def test_each_row_has_the_condition_of_its_picture_and_what_is_dropped_is_drawn_
         assert pictures.draw(micro, place).prompt == ("" if case in ("text", "both") else str(index))
         kinds.add(case)
     assert len(kinds) == 4
+    adapter, prompts = vm.adapt(pipe.unet, vm.IPAdapter(width=1)), Prompts(pipe, cache=True)
+    seen: list[tuple[Tensor, Tensor]] = []
+    pipe.unet.register_forward_pre_hook(lambda m, a, k: seen.append((adapter.condition, k)), with_kwargs=True)
+    steering(adapter, pictures, 3, denoising(pipe, [pictures], prompts, 3, Weights()))(micro)
+    (condition, arguments), places = seen[0], micro.positions(3)
+    assert torch.equal(condition, pictures.conditions(micro, places))
+    texts = prompts([pictures.draw(micro, place).prompt for place in places])
+    assert torch.equal(arguments["encoder_hidden_states"], texts["encoder_hidden_states"])
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
