@@ -222,6 +222,24 @@ def test_a_condition_that_changes_before_the_backward_of_checkpoints_is_refused(
     assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_what_a_map_adds_is_fixed_at_the_forward(scale: float) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = unet().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        adapter = t2i(model)
+        adapter.scale = scale
+        with adapter.given(EDGES):
+            loss = run(model).square().mean()
+        adapter.condition = EDGES.flip(0)
+        loss.backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    assert all(close(b, a) and a.any() for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_routed_rows_have_their_own_conditions(guided: bool) -> None:
     model = unet()

@@ -50,10 +50,8 @@ class Port:
         """Which adapters act, in this order and at which scale: computed live, or baked into the parameters."""
         self.live = tuple(self._groups(active))
         self.state = tuple((g.name, g.scale) for g in self.live)
-        names = [name for name, _ in active]
-        self.waiting = tuple(
-            {e.adapter: None for e in self.entries if e.waits and not e.dropped and e.adapter in names}
-        )
+        waiting = {e.adapter for e in self.entries if e.waits and not e.dropped}
+        self.waiting = tuple(name for name, _ in active if name in waiting)
 
     def _groups(self, active: State) -> Iterator[Group]:
         """Entries by adapter in the order given, split where the method changes (a list of them)."""
