@@ -140,7 +140,7 @@ class Result:
 
     output: Path
     step: int
-    agreement: tuple[float, float] | None = None  # None where the run was stopped before its end
+    agreement: tuple[float, float] | None = None  # the main process has it, at the end of a run
 
 
 def main(config: Config) -> Result:
@@ -202,6 +202,7 @@ def run(config: Config) -> Result:
     )
     if outcome.stopped:
         accelerator.print(f"stopped after step {outcome.step}; go on with: {runs.resume_command('control', output)}")
+    if outcome.stopped or not accelerator.is_main_process:
         return Result(output, outcome.step)
     return Result(output, outcome.step, write_results(config, control, sample, adapter, asked))
 
