@@ -26,11 +26,11 @@ from vismodal.callbacks import Every, Progress, Track
 from vismodal.data.emoji import load_emoji
 from vismodal.data.photos import Photo
 from vismodal.data.subject import subject_folder
-from vismodal.diffusion.control import Control, Steered, control_of, draw, steering
+from vismodal.diffusion.control import Control, Loss, Steered, control_of, draw, steering
 from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.generate import Samples
-from vismodal.diffusion.kinds import kind_of
+from vismodal.diffusion.kinds import Pipe, kind_of
 from vismodal.diffusion.load import load_pipeline
 from vismodal.diffusion.presets import checkpoint_gradients
 from vismodal.diffusion.requests import Manner
@@ -169,10 +169,7 @@ def run(config: Config) -> Result:
     config = replace(config, output=runs.claim(config.output, "control", config.resume, accelerator))
     output = known(config.output)  # until here nothing was written: bad input leaves no trace
 
-    how = partial(draw, pipe, adapter, size=manner.size, steps=manner.steps, guidance=manner.guidance)
-    given = control.rows([p.image for p in asked])
-    steered = partial(how, given.repeat_interleave(config.sample_count, 0))
-    sample = Samples(steered, output / "samples", [known(p.caption) for p in asked], config.sample_count, config.seed)
+    sample = samples(config, pipe, adapter, control, asked)
     content = {"learnt": runs.digest(learnt), "asked": runs.digest(asked), **runs.bases(adapter)}
     same = runs.identity(config, FREE, **content)
     checkpoints = Checkpoints(output / "checkpoints", same, config.save_every, config.keep)
@@ -182,12 +179,8 @@ def run(config: Config) -> Result:
             runs.save_config(config, output)
             sample(0)
     accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(learnt)} pictures, into {output}")
-    rows = control.method().condition(control.rows([p.image for p in learnt]))
-    images, captions = [p.image for p in learnt], [known(p.caption) for p in learnt]
-    pictures = Steered(pipe, "pictures", images, captions, rows, size=manner.size, drop=config.drop)
-    loss = denoising(pipe, [pictures], Prompts(pipe, cache=True), known(config.batch), Weights())
     outcome = fit(
-        steering(adapter, pictures, known(config.batch), loss),
+        loss_of(config, pipe, adapter, control, learnt),
         adapter,
         torch.optim.AdamW(adapter.groups(known(config.learning_rate), config.weight_decay)),
         plan=plan,
@@ -241,6 +234,24 @@ def pictures_of(config: Config) -> tuple[list[Photo], list[Photo]]:
     learnt = [replace(p, caption=(said and p.caption) or prompt) for p in learnt]
     asked = [replace(p, caption=prompt or (said and p.caption) or "") for p in asked]
     return learnt, asked
+
+
+def samples(config: Config, pipe: Pipe, adapter: vm.Adapter, control: Control, asked: Sequence[Photo]) -> Samples:
+    """What is drawn by the pictures that are held out."""
+    rows = control.rows([p.image for p in asked]).repeat_interleave(config.sample_count, 0)
+    size, steps, guidance = known(config.resolution), known(config.sample_steps), known(config.guidance)
+    steered = partial(draw, pipe, adapter, rows, size=size, steps=steps, guidance=guidance)
+    prompts = [known(p.caption) for p in asked]
+    return Samples(steered, known(config.output) / "samples", prompts, config.sample_count, config.seed)
+
+
+def loss_of(config: Config, pipe: Pipe, adapter: vm.Adapter, control: Control, learnt: Sequence[Photo]) -> Loss:
+    """The loss of a micro-batch, over pictures that are steered by themselves."""
+    images, prompts = [p.image for p in learnt], [known(p.caption) for p in learnt]
+    given = control.method().condition(control.rows(images))
+    pictures = Steered(pipe, "pictures", images, prompts, given, size=known(config.resolution), drop=config.drop)
+    batch = known(config.batch)
+    return steering(adapter, pictures, batch, denoising(pipe, [pictures], Prompts(pipe, cache=True), batch, Weights()))
 
 
 def write_results(
