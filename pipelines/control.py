@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 
 import vismodal as vm
 from vismodal import runs
@@ -132,6 +131,7 @@ FREE = {
     "keep", "threads", "track",
 }  # fmt: skip
 VIEWS = 4  # composites of each emoji
+COLUMNS = 8  # of the sheet
 
 
 @dataclass(frozen=True)
@@ -258,16 +258,15 @@ def write_results(
     config: Config, control: Control, sample: Samples, adapter: vm.Adapter, asked: Sequence[Photo]
 ) -> tuple[float, float]:
     """The adapter and what people look at; then says what to do next. How well samples follow, before and after."""
-    output, count, size = known(config.output), config.sample_count, known(config.resolution)
+    output = known(config.output)
     vm.save(adapter, output / "adapter.safetensors", control.header)
-    grids = sample(0), sample(config.steps)
-    given = [control.shown(p.image) for p in asked for _ in range(count)]
-    shown = report.write_image(output / "given.png", report.grid(given, count))
-    rows = control.rows([p.image for p in asked for _ in range(count)])
-    before, after = (control.agreement(rows, report.cut(grid, size)) for grid in grids)
-    with Image.open(shown) as first, Image.open(grids[0]) as base, Image.open(grids[1]) as last:
-        labelled = [("given", first), (f"the base: {before:.3f}", base), (f"steered: {after:.3f}", last)]
-        report.write_image(output / "sheet.png", report.sheet(labelled))
+    by = [p.image for p in asked for _ in range(config.sample_count)]
+    rows, drawn = control.rows(by), [report.cut(sample(step), known(config.resolution)) for step in (0, config.steps)]
+    before, after = (control.agreement(rows, images) for images in drawn)
+    labels = ("given", f"the base: {before:.3f}", f"steered: {after:.3f}")
+    strips = ([control.shown(image) for image in by], *drawn)
+    grids = [report.grid(images, min(len(by), COLUMNS)) for images in strips]
+    report.write_image(output / "sheet.png", report.sheet(list(zip(labels, grids, strict=True))))
     report.loss_plot(output / "metrics.jsonl", output / "loss.png")
     card.control_card(output, asdict(config), adapter.num_parameters, (before, after))
     print(f"what is given and what is drawn agree by {before:.3f} (the base) and {after:.3f} (steered)")

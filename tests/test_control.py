@@ -144,7 +144,7 @@ def test_a_run_and_its_resume_and_pictures_drawn_with_it(
     result = main(config)
     out = config.output
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter.safetensors", "checkpoints", "config.yaml", "given.png", "loss.png", "metrics.jsonl",
+        "README.md", "adapter.safetensors", "checkpoints", "config.yaml", "loss.png", "metrics.jsonl",
         "samples", "sheet.png",
     ]  # fmt: skip
     assert result.step == 4 and f"{result.agreement[1]:.3f}" in (out / "README.md").read_text()
