@@ -4,6 +4,7 @@
     vismodal generate "a photo of sks dog" --adapters dog.safetensors style.safetensors --strengths 0.8 0.5 --model OWNER/NAME
     vismodal generate "sks dog <lora:dog>" "my cat <lora:cat:0.7>" "a dog <lora:none>" --adapters dog.safetensors cat.safetensors
     vismodal generate "a photo of sks dog" --adapters runs/dreambooth-1/checkpoints/*.safetensors --sweep 0 0.5 1
+    vismodal generate "a drawing of a cat" --adapters runs/control-1 --conditions my_picture.png
     vismodal generate --like runs/generate-1/0000.png --count 8
 
 Each prompt of a batch has its own adapters, under guidance too, as if it had been drawn alone. From Python:
@@ -24,12 +25,23 @@ from PIL import Image
 
 import vismodal as vm
 from vismodal import runs
-from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, read_adapters
+from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, digest_of, read_adapters
+from vismodal.diffusion.control import Picture, read_conditions
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline
 from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts, usual
-from vismodal.diffusion.settings import Settings, Worn, beside, find_adapters, read_settings, sampler_of, write_picture
+from vismodal.diffusion.settings import (
+    Given,
+    Settings,
+    Worn,
+    beside,
+    find_adapters,
+    find_conditions,
+    read_settings,
+    sampler_of,
+    write_picture,
+)
 from vismodal.errors import InputError
 from vismodal.fingerprint import Fingerprint, fingerprint
 from vismodal.paths import asset
@@ -52,6 +64,7 @@ class Config:
         sweep: strengths to try instead: a sheet for each prompt and seed, with a row for each adapter, acting alone.
         seeds: of the pictures of each prompt; from one seed on, `count` of them. Without it, drawn, and printed.
         count: pictures of each prompt.
+        conditions: pictures that steer the adapters of vismodal control: FILE for all of them, or NAME=FILE for each.
         like: a png of an earlier run: all of its settings, but for those that are given.
         negative: what to lead away from.
         model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
@@ -71,6 +84,7 @@ class Config:
     sweep: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
     count: int = 1
+    conditions: tuple[str, ...] = ()
     like: Path | None = None
     negative: str | None = None
     model: str | None = None
@@ -110,7 +124,8 @@ def main(config: Config) -> Result:
         warn_of_long(pipe, [prompt for prompt, _ in texts])
         if config.sweep:
             texts = [(prompt, (Use(n, s),)) for prompt, _ in texts for n in files for s in config.sweep]
-        shelf = Shelf(pipe, files)
+        given = read_conditions(config.conditions, files, pipe, manner.size)
+        shelf = Shelf(pipe, files, {name: picture.row for name, picture in given.items()})
         requests = [Request(prompt, seed, uses) for prompt, uses in texts for seed in config.seeds]
         for request in requests:  # what does not fit is told before anything is drawn
             shelf.row(request.uses)
@@ -119,7 +134,7 @@ def main(config: Config) -> Result:
         if theirs.shapes != base.shapes or not theirs.same_values(base):
             print(f"warning: {config.like} was made on another model; the pictures will differ", file=sys.stderr)
         images = draw(pipe, shelf, requests, manner, config.batch)
-        return write_results(config, files, requests, images, base, sampler_of(pipe.scheduler))
+        return write_results(config, files, given, requests, images, base, sampler_of(pipe.scheduler))
 
 
 def checked(config: Config) -> tuple[Config, Settings | None]:
@@ -170,6 +185,7 @@ def alike(config: Config, before: Settings) -> Config:
         config,
         prompts=config.prompts or (() if config.prompts_file else (before.prompt,)),
         adapters=config.adapters or tuple(find_adapters(like, before.adapters)),
+        conditions=config.conditions or (() if config.adapters else tuple(find_conditions(like, before.conditions))),
         seeds=config.seeds or (before.seed,),
         negative=before.negative if config.negative is None else config.negative,
         model=model,
@@ -192,6 +208,7 @@ def uses_of(config: Config, files: Mapping[str, AdapterFile], before: Settings |
 def write_results(
     config: Config,
     files: Mapping[str, AdapterFile],
+    given: Mapping[str, Picture],
     requests: Sequence[Request],
     images: Sequence[Image.Image],
     base: Fingerprint,
@@ -203,6 +220,7 @@ def write_results(
     pictures: list[Path] = []
     for number, (request, image) in enumerate(zip(requests, images, strict=True)):
         worn = tuple(Worn(u.name, files[u.name].path.name, files[u.name].digest, u.strength) for u in request.uses)
+        steering = [(u.name, given[u.name].path) for u in request.uses if u.name in given]
         settings = Settings(
             prompt=request.prompt,
             negative=known(config.negative),
@@ -216,6 +234,7 @@ def write_results(
             adapters=worn,
             version=vm.__version__,
             sampler=sampler,
+            conditions=tuple(Given(name, path.name, digest_of(path)) for name, path in steering),
         )
         pictures.append(write_picture(output / f"{number:04d}.png", image, settings))
         acting = " + ".join(f"{use.name} {use.strength:g}" for use in request.uses) or "base"

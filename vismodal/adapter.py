@@ -14,7 +14,7 @@ from vismodal.dead import unused
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.limit import Limit
-from vismodal.methods import Method
+from vismodal.methods import METHODS, Method
 from vismodal.pruning import Pruned, prune
 from vismodal.sharding import spread_like, whole
 
@@ -153,6 +153,45 @@ class Adapter:
             raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
 
+    @property
+    def condition(self) -> Tensor | None:
+        """What a method that is steered beside the prompt (`IPAdapter`, `T2IAdapter`) has been given.
+
+            a.condition = edges              # a row for each row of the batch; None, and the model is the base exactly
+            with a.given(edges): ...         # for a while
+
+        It holds for every forward until it changes: a batch of other rows needs another one. Guidance's doubled batch
+        takes it too (the rows that it leads away from get what the method's paper says), and so does `vm.route`, with
+        a row for each of the routed ones. It is kept as a copy without a graph, and is in no file. Change it after
+        `backward()` where gradients are checkpointed; otherwise that raises.
+
+        Raises `InputError` where no method of the adapter takes a condition, or not this one.
+        """
+        given = self._parts[0].condition
+        return None if given is None else given.rows
+
+    @condition.setter
+    def condition(self, rows: Tensor | None) -> None:
+        taking = [method for method in self.methods.values() if method.conditioned]
+        if len(taking) != 1:
+            names = " and ".join(type(m).__name__ for m in taking or self.methods.values())
+            those = " and ".join(m.__name__ for m in METHODS if m.conditioned)
+            todo = "adapt them under names of their own" if taking else f"only {those} do"
+            raise InputError(f"{names} in {self.name!r} take {len(taking)} conditions, not one: {todo}")
+        number = self._parts[0].given + 1
+        new = None if rows is None else taking[0].condition(rows.detach().clone())._replace(number=number)
+        self._set(condition=new, given=number)
+
+    @contextmanager
+    def given(self, rows: Tensor | None) -> Iterator[None]:
+        """Under another `condition` for a while: `with a.given(edges): picture = pipe(prompt).images[0]`."""
+        before = self._parts[0].condition
+        self.condition = rows
+        try:
+            yield
+        finally:
+            self._set(condition=before)
+
     def limit(self, *, layers: slice | None = None, where: str | tuple[str, ...] = "*") -> None:
         """Act nowhere else until the next call: AdapterDrop, arXiv 2010.11918. `limit()` lifts it.
 
@@ -278,6 +317,8 @@ class Adapter:
         state = "merged" if self.merged else "live" if self.enabled else "off"
         names = ", ".join(b.name for b in self.bases.values())
         head = f"adapter {self.name!r} on {names}: {total}; {state} at scale {self.scale:g}"
+        if any(m.conditioned for m in self.methods.values()):
+            head += ", without its condition" if self.condition is None else f", given {len(self.condition)} rows"
         if dropped := sum(len(part.dropped) for part in self._parts):
             head += f", limited to {self._parts[0].limit}: {len(rows) - dropped} of {len(rows)} sites act"
         return f"{head}\n{table(['site', 'kind', 'method', 'parameters'], rows)}"

@@ -107,7 +107,7 @@ def written(text: str, own: Sequence[str] = ("lr",)) -> Written:
     Raises `InputError` naming what there is, for an unknown name or option, and an lr that is no positive number.
     """
     name, given = _parsed(text)
-    known = {m.__name__.lower(): m for m in METHODS}
+    known = {m.__name__.lower(): m for m in METHODS if not m.conditioned}  # `vismodal control` has those
     if name.lower() not in known:
         raise InputError(f"no method {name!r}; write one of {', '.join(known)}, or with options {EXAMPLE}")
     method = known[name.lower()]

@@ -35,8 +35,9 @@ def route(model: Models, rows: Sequence[Row]) -> Iterator[None]:
 
     A batch of k times as many rows is taken for k copies of the batch, one after the other, as classifier-free guidance
     makes them. Arguments with as many rows as the batch (the first tensor among them says how many) are cut; all others
-    go to every part as they are. Of several models, each uses those adapters that it has. Gradients reach each adapter
-    from its own rows, until the next `vm.use`.
+    go to every part as they are. An adapter's `condition` has a row for each of `rows`, whoever they belong to. Of
+    several models, each uses those adapters that it has. Gradients reach each adapter from its own rows, until the next
+    `vm.use`.
 
     What runs parts of the model by itself, past its call and its `encode_image` or the like, is refused. Raises
     `InputError` for a name that no model has, and in a forward for a batch whose rows do not fit, or an output
@@ -112,9 +113,12 @@ class _Parts:
         try:
             return _in_parts(self.way, self.rows, self.act, args, kwargs)
         finally:
+            self.bank.stream.part = None
             _refuse(self.bank, why)
 
-    def act(self, choice: Sequence[str]) -> None:
+    def act(self, choice: Sequence[str], count: int, at: Sequence[int]) -> None:
+        """These adapters from now on, on the rows `at` of a batch of `count`."""
+        self.bank.stream.part = count, at
         self.bank.act(choice)
         for port in self.bank.ports.values():
             port.state = (*port.state, ROUTED)
@@ -123,7 +127,7 @@ class _Parts:
 def _in_parts(
     forward: Callable[..., Any],
     rows: Sequence[tuple[str, ...]],
-    act: Callable[[Sequence[str]], None],
+    act: Callable[[Sequence[str], int, Sequence[int]], None],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -137,7 +141,7 @@ def _in_parts(
     places = [[i for i, row in enumerate(tiled) if row == choice] for choice in choices]
     outputs = []
     for choice, at in zip(choices, places, strict=True):
-        act(choice)
+        act(choice, count, at)
         args, kwargs = pytree.tree_unflatten([_rows(leaf, count, at) for leaf in leaves], tree)
         outputs.append(forward(*args, **kwargs))
     order = torch.tensor([i for at in places for i in at]).argsort()

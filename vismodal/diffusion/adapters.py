@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -103,11 +104,14 @@ class Shelf:
     Args:
         pipe: whose denoiser and text encoders they are for.
         files: by the names that uses have.
+        given: by the same names, the condition of each that needs one, as one row: the same for all that is drawn.
     """
 
-    def __init__(self, pipe: Pipe, files: Mapping[str, AdapterFile]) -> None:
+    def __init__(
+        self, pipe: Pipe, files: Mapping[str, AdapterFile], given: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
         kind = kind_of(pipe)
-        self.files, self.denoiser = files, kind.denoiser
+        self.files, self.given, self.denoiser = files, given, kind.denoiser
         self.models: dict[str, nn.Module] = {kind.denoiser: kind.model(pipe), **kind.readers(pipe)}
         self.there: dict[Use, str] = {}
         self.own: dict[str, AdapterFile] = {}  # as vismodal would have written them for these models
@@ -122,6 +126,13 @@ class Shelf:
             if [u.name for u in uses].count(use.name) > 1:
                 raise InputError(f"the adapter {use.name!r} is named twice in one prompt")
         return tuple(self._attached(use) for use in uses if use.strength)
+
+    def give(self, rows: int) -> None:
+        """To each adapter that needs one its condition, for a batch of so many rows."""
+        for use, name in self.there.items():
+            if use.name in self.given:
+                adapter = vm.attached(self.models)[name]
+                adapter.condition = self.given[use.name].expand(rows, *self.given[use.name].shape[1:])
 
     def _attached(self, use: Use) -> str:
         if use not in self.there:
@@ -144,7 +155,9 @@ class Shelf:
         return self.own[name]
 
     def _attach(self, file: AdapterFile, strength: float) -> str:
-        _, bases = described(file.header)
+        methods, bases = described(file.header)
+        if file.name not in self.given and any(method.conditioned for method in methods.values()):
+            raise InputError(f"{file.path} is steered beside the prompt; write vismodal generate --conditions PICTURE")
         parts = {prefix: self._part(file, prefix) for prefix in bases}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

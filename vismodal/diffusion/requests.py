@@ -121,6 +121,7 @@ def draw(
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(requests), batch), desc=what, unit="batch", leave=False):
         part = requests[start : start + batch]
+        shelf.give(len(part))
         with vm.route(shelf.models, rows[start : start + batch]):
             images += generate(
                 pipe,

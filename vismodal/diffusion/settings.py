@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,14 @@ class Worn(NamedTuple):
     strength: float
 
 
+class Given(NamedTuple):
+    """A picture that steered an adapter: the adapter's name, the picture's file and digest."""
+
+    name: str
+    file: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a picture was made.
@@ -47,6 +55,7 @@ class Settings:
         adapters: those that acted, in order.
         version: of vismodal.
         sampler: as web UIs call it.
+        conditions: what steered the adapters that something steers.
     """
 
     prompt: str
@@ -61,12 +70,16 @@ class Settings:
     adapters: tuple[Worn, ...]
     version: str
     sampler: str = ""
+    conditions: tuple[Given, ...] = ()
 
 
 def write_picture(path: Path, image: Image.Image, settings: Settings) -> Path:
     """A PNG with its settings, whole or absent."""
     chunks, buffer = PngInfo(), io.BytesIO()
-    plain = asdict(settings) | {"adapters": [worn._asdict() for worn in settings.adapters]}
+    plain = asdict(settings) | {
+        "adapters": [worn._asdict() for worn in settings.adapters],
+        "conditions": [given._asdict() for given in settings.conditions],
+    }
     chunks.add_text(CHUNK, json.dumps(plain))
     chunks.add_text("parameters", parameters(settings))
     image.save(buffer, "png", pnginfo=chunks)
@@ -120,8 +133,9 @@ def read_settings(path: Path) -> Settings:
     try:
         given: dict[str, Any] = json.loads(text)
         worn = tuple(Worn(a["name"], a["file"], a["digest"], float(a["strength"])) for a in given.pop("adapters"))
+        steering = tuple(Given(a["name"], a["file"], a["digest"]) for a in given.pop("conditions", ()))
         shapes, values = given.pop("base")
-        return Settings(**given, base=(shapes, values), adapters=worn)
+        return Settings(**given, base=(shapes, values), adapters=worn, conditions=steering)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"the settings in {path} are of another version, or damaged: {error!r}") from error
 
@@ -140,17 +154,26 @@ def find_adapters(picture: Path, worn: Sequence[Worn]) -> list[str]:
 
     Raises `InputError` for the first that is not found.
     """
-    listed = (str(text) for text in beside(picture).get("adapters") or ())
+    return _find(picture, worn, "adapters", "the adapter")
+
+
+def find_conditions(picture: Path, given: Sequence[Given]) -> list[str]:
+    """Where the pictures lie that steered a picture's adapters, as `find_adapters` says it."""
+    return _find(picture, given, "conditions", "a condition of")
+
+
+def _find(picture: Path, wanted: Sequence[Worn] | Sequence[Given], setting: str, what: str) -> list[str]:
+    listed = (str(text) for text in beside(picture).get(setting) or ())
     named = [Path(text.partition("=")[2] if "=" in text and not Path(text).exists() else text) for text in listed]
-    return [f"{each.name}={_found(each, picture, named)}" for each in worn]
-
-
-def _found(worn: Worn, picture: Path, named: Iterable[Path]) -> Path:
     places = [place / FILE if place.is_dir() else place for place in (path.expanduser() for path in named)]
-    for path in (*places, picture.parent / worn.file, Path(worn.file)):
-        if path.is_file() and digest_of(path) == worn.digest:
-            return path
-    raise InputError(
-        f"{picture.name} was made with the adapter {worn.name!r}, {worn.file} (SHA-256 {worn.digest}...), which is not "
-        f"here; write --adapters {worn.name}=FILE"
-    )
+    found = []
+    for each in wanted:
+        there = (path for path in (*places, picture.parent / each.file, Path(each.file)) if path.is_file())
+        path = next((path for path in there if digest_of(path) == each.digest), None)
+        if path is None:
+            raise InputError(
+                f"{picture.name} was made with {what} {each.name!r}, {each.file} (SHA-256 {each.digest}...), which is "
+                f"not here; write --{setting} {each.name}=FILE"
+            )
+        found.append(f"{each.name}={path}")
+    return found

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vismodal.errors import InputError
@@ -56,7 +57,8 @@ class SpanModule(nn.Module):
     accumulated in it. A module whose method lets it take no part just now says so by an attribute `idle`, and is not
     dead then. The key "extra" holds how many tokens other modules have joined to the stream before, "aside" a
     function that runs a module of the span on tensors of one's own: `context["aside"]("normed", prompts)`. Adapted
-    weights take part in that, spans do not.
+    weights take part in that, spans do not. Where the method needs a condition, "condition" holds it, one row for each
+    of the stream's; without one the module is not called.
     """
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
@@ -78,6 +80,32 @@ class SpanModule(nn.Module):
     def values(self, module: nn.Module, context: dict[str, Any]) -> Mapping[str, Any]:
         """Values that stand in for attributes of `module`, where the span begins, while that runs."""
         return {}
+
+
+class Condition(NamedTuple):
+    """What a method is given beside the model's input, such as an edge map: a row for each row of the batch.
+
+    `away` stands in for `rows` where classifier-free guidance leads away from something. `number` tells it from others.
+    """
+
+    rows: Tensor
+    away: Tensor
+    number: int = 0
+
+    def of(self, count: int, part: Sequence[int] | None = None) -> Tensor:
+        """The rows for a batch of `count`, or for a `part` of it, by their places.
+
+        A batch of twice as many rows is guidance's: first those that it leads away from, then the batch itself. Raises
+        `InputError` for any other number.
+        """
+        given = len(self.rows)
+        if count not in (given, 2 * given):
+            raise InputError(
+                f"the batch has {count} rows, the condition {given}: give one for each row of the batch, as it is "
+                "before classifier-free guidance doubles it"
+            )
+        whole = self.rows if count == given else torch.cat((self.away, self.rows))
+        return whole if part is None else whole[list(part)]
 
 
 def share(module: nn.Module, shared: nn.Module) -> None:
@@ -113,6 +141,7 @@ class Method:
     starts_at_base: ClassVar[bool] = True  # whether the output is the base's until something is learnt
     elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = ()  # sites that are the method where a model lacks the default
     quantised: ClassVar[bool] = True  # whether it acts where the base's weights are quantised
+    conditioned: ClassVar[bool] = False  # whether it needs a condition at each forward, and is the base without one
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -150,6 +179,13 @@ class Method:
         choices = (cls().sites, *cls.elsewhere)
         whole = (kinds for kinds in choices if all(any(fnmatchcase(k, kind) for k in fit) for kind in kinds))
         return next(whole, ())
+
+    def condition(self, rows: Tensor) -> Condition:
+        """What its modules are to be given for this condition, a row for each row of a batch.
+
+        Raises `InputError` for what has not the form that it needs.
+        """
+        raise NotImplementedError
 
     def loss(self, modules: Sequence[nn.Module]) -> Tensor | None:
         """A term that training adds to the task's loss, from the modules that `build` made; None without one."""

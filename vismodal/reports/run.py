@@ -33,6 +33,13 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+def cut(path: Path, size: int) -> list[Image.Image]:
+    """The images of a `grid` of squares, row by row."""
+    with Image.open(path) as whole:
+        corners = [(x, y) for y in range(0, whole.height, size) for x in range(0, whole.width, size)]
+        return [whole.convert("RGB").crop((x, y, x + size, y + size)) for x, y in corners]
+
+
 def sheet(rows: Sequence[tuple[str, Image.Image]], width: int = 960) -> Image.Image:
     """Labelled pictures one below the other, each scaled to `width` pixels at most; small ones by whole factors."""
     font = ImageFont.load_default(size=16)
