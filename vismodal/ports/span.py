@@ -182,7 +182,7 @@ class SpanPort(Port):
 
     def _back(self, opened: Opened, y: Tensor) -> Tensor:
         for group, module, context in reversed(opened):
-            y = _between(y, module.exit(y, context), group.scale)
+            y = _between(y, module.exit(y, context), 1 if module.whole else group.scale)
         return y
 
     def tap(self, name: str, out: Any) -> Any:
