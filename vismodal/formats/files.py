@@ -120,7 +120,11 @@ def _named(found: Tokens, token: str | None) -> Tokens:
 def _read_own(tensors: dict[str, Tensor], header: dict[str, str], base: Base | None) -> Contents:
     if header["vismodal"] != FORMAT:
         raise InputError(f"it has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    attached = [from_json(config) for config in json.loads(header["methods"]).values()]
+    slots = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+    found_tokens, tensors = own.tokens_of(slots, tensors)
+    attached = [method for slot, method in slots.items() if any(key.startswith(f"{slot}/") for key in tensors)]
+    if not attached:
+        return Contents("vismodal", tokens=found_tokens, header=header)
     prefixes = list(json.loads(header["base"]))
     components = ["unet"] if prefixes == [""] else prefixes
     if unknown := [p for p in components if p not in COMPONENTS]:
@@ -131,7 +135,7 @@ def _read_own(tensors: dict[str, Tensor], header: dict[str, str], base: Base | N
     found = models(base, components, weights=values)
     adapter = adapt({"": found["unet"]} if prefixes == [""] else found, attached, "convert", seed=0)
     fill(adapter, tensors)
-    return Contents("vismodal", layers_of(adapter), header=header)
+    return Contents("vismodal", layers_of(adapter), found_tokens, header=header)
 
 
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
@@ -171,7 +175,7 @@ def _of_unet(key: str) -> str:
 
 def contents_of(adapter: Adapter) -> Contents:
     """A live adapter, to be written by `write_file`."""
-    return Contents("vismodal", layers_of(adapter))
+    return Contents("vismodal", layers_of(adapter), own.tokens_of(adapter.methods, adapter.state_dict())[0])
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
