@@ -14,7 +14,7 @@ from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.formats import own, peft, tokens
 from vismodal.formats.bases import Base
-from vismodal.formats.files import Contents, layers_of, write_file
+from vismodal.formats.files import contents_of, layers_of, write_file
 
 WEBUI = "webui.safetensors"
 TOKENS = "embeddings"  # the folder with a file for each new word
@@ -39,50 +39,45 @@ def export(pipe: Pipe, adapter: vm.Adapter, output: Path) -> Exports:
     """Files of diffusers, or where it has no words for the method of web UIs, and of new words one each."""
     files: list[Path] = []
     lines: list[str] = []
-    notes: list[str] = []
     found, rest = own.tokens_of(adapter.methods, adapter.state_dict())
-    loadable = True
-    if rest and not kind_of(pipe).lora_files:
-        loadable = False
-        notes.append(f"a {type(pipe).__name__} has no load_lora_weights")
-    elif rest:
-        try:
-            files.append(write_lora(adapter, output / peft.FILE))
-            lines.append(f'pipe.load_lora_weights(".", weight_name="{peft.FILE}")')
-            notes.append(f"and for pipe.load_lora_weights {files[-1]}")
-        except InputError as error:
-            loadable = False
-            notes.append(f"nothing for load_lora_weights: {error}")
-            files += _webui(pipe, adapter, output / WEBUI, notes)
+    path, note = _lora(pipe, adapter, output) if rest else (None, "")
+    if path is not None:
+        files.append(path)
+    loadable = not rest or (path is not None and path.name == peft.FILE)
+    if rest and loadable:
+        lines.append(f'pipe.load_lora_weights(".", weight_name="{peft.FILE}")')
     for word, rows in found.items():
         path = output / TOKENS / f"{re.sub(r'[^A-Za-z0-9._-]+', '', word) or 'token'}.safetensors"
         files.append(write_tensors(path, tokens.write_diffusers({word: rows}), {"format": "pt"}))
         lines += _loading(pipe, word, f"{TOKENS}/{path.name}", list(rows))
-    if found:
-        notes.append(f"and for pipe.load_textual_inversion {output / TOKENS}")
-    return Exports(tuple(files), tuple(lines) if loadable else (), tuple(notes))
+    told = f"and for pipe.load_textual_inversion {output / TOKENS}" if found else ""
+    return Exports(tuple(files), tuple(lines) if loadable else (), tuple(filter(None, (note, told))))
+
+
+def _lora(pipe: Pipe, adapter: vm.Adapter, output: Path) -> tuple[Path | None, str]:
+    """The file of diffusers or of web UIs, if any, of all but new words, and what is told of it."""
+    kind = kind_of(pipe)
+    if not kind.lora_files:
+        return None, f"a {type(pipe).__name__} has no load_lora_weights"
+    try:
+        path = write_lora(adapter, output / peft.FILE)
+        return path, f"and for pipe.load_lora_weights {path}"
+    except InputError as error:
+        if kind.denoiser != "unet":
+            return None, f"other tools have no file for it: {error}"
+    try:
+        path = write_file(contents_of(adapter), "kohya", output / WEBUI, _base(pipe, kind))
+        return path, f"and for web UIs {path} (pipe.load_lora_weights reads LoRA alone)"
+    except InputError as error:
+        return None, f"other tools have no file for it: {error}"
 
 
 def write_lora(adapter: vm.Adapter, path: Path) -> Path:
     """What `load_lora_weights` reads. Raises `InputError` naming what it cannot hold."""
-    if all(isinstance(method, vm.LoRA | vm.TextualInversion) for method in adapter.methods.values()):
-        _, plain = own.tokens_of(adapter.methods, adapter.state_dict())
-        return write_tensors(path, *peft.to_peft(plain, peft.scaling_of(adapter.modules)))
+    if {type(method) for method in adapter.methods.values()} <= {vm.LoRA, vm.TextualInversion}:
+        _, rest = own.tokens_of(adapter.methods, adapter.state_dict())
+        return write_tensors(path, *peft.to_peft(rest, peft.scaling_of(adapter.modules)))
     return write_tensors(path, *peft.write(layers_of(adapter)))
-
-
-def _webui(pipe: Pipe, adapter: vm.Adapter, path: Path, notes: list[str]) -> list[Path]:
-    """The file of web UIs, where they have words for the method."""
-    kind = kind_of(pipe)
-    if kind.denoiser != "unet":
-        return []
-    try:
-        written = write_file(Contents("vismodal", layers_of(adapter)), "kohya", path, _base(pipe, kind))
-    except InputError as error:
-        notes.append(f"nothing for web UIs: {error}")
-        return []
-    notes.append(f"and for web UIs {written}")
-    return [written]
 
 
 def _base(pipe: Pipe, kind: Kind) -> Base:
