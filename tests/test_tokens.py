@@ -23,6 +23,7 @@ from vismodal.diffusion.recipe import Subject
 from vismodal.diffusion.requests import Manner, Request, draw
 from vismodal.diffusion.words import teach
 from vismodal.draw import seed_of
+from vismodal.formats.bases import base_of
 from vismodal.formats.files import read_file
 
 pytest.importorskip("diffusers")
@@ -373,6 +374,24 @@ def test_convert_writes_our_words_for_others(kind, tmp_path):
     for encoder, key in zip(encoders, keys, strict=True):
         for word, part in zip(("sks", "<cat>"), rows[encoder], strict=True):
             assert torch.equal(bundled[f"bundle_emb.{word}.{key}"], part)
+    back = [
+        "convert",
+        str(tmp_path / "kohya.safetensors"),
+        "--to",
+        "vismodal",
+        "--out",
+        str(tmp_path / "back.safetensors"),
+    ]
+    assert cli.main([*back, *base]) == 0
+    pipe = load_pipeline(folder)
+    models = {name: getattr(pipe, name) for name in ("unet", *encoders)}
+    again = vm.load(models, tmp_path / "back.safetensors")
+    teach(pipe, again)
+    theirs = read_file(tmp_path / "back.safetensors", base_of(folder)).tokens
+    assert all(torch.equal(theirs["sks"][e], rows[e][0]) and torch.equal(theirs["<cat>"][e], rows[e][1]) for e in rows)
+    teach(plain := load_pipeline(folder), vm.load({n: getattr(plain, n) for n in models}, own))
+    assert np.abs(drawn(pipe, "a <cat> and sks") - drawn(plain, "a <cat> and sks")).max() <= 1
+
     one = vm.adapt(load_pipeline(folder).text_encoder, vm.TextualInversion(words=("sks",), vectors=(2,)))
     alone = vm.save(one, tmp_path / "alone.safetensors")
     assert cli.main(["convert", str(alone), "--to", "diffusers", "--out", str(tmp_path / "sks.safetensors")]) == 0

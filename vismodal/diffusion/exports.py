@@ -82,8 +82,9 @@ def write_lora(adapter: vm.Adapter, path: Path) -> Path:
 
 def _base(pipe: Pipe, kind: Kind) -> Base:
     config = pipe.unet.config
-    wide = "sd2" if config.cross_attention_dim == 1024 else "sd1"
-    return Base("sdxl" if isinstance(kind, XL) else wide, config.layers_per_block)
+    if isinstance(kind, XL):
+        return Base("sdxl", config.layers_per_block)
+    return Base("sd2" if config.cross_attention_dim == 1024 else "sd1", config.layers_per_block)
 
 
 def _loading(pipe: Pipe, word: str, file: str, encoders: Sequence[str]) -> list[str]:

@@ -29,7 +29,7 @@ def write_results(config: Recipe, pipe: Pipe, sample: Samples, adapter: vm.Adapt
     report.write_sheet(output, real, sample(0), sample(steps), f"after {steps} steps")
     report.loss_plot(output / "metrics.jsonl", output / "loss.png")
     using = report.Using(
-        method=" + ".join(dict.fromkeys(type(method).__name__ for method in adapter.methods.values())),
+        methods=tuple(dict.fromkeys(type(method).__name__ for method in adapter.methods.values())),
         parameters=adapter.num_parameters,
         parts=tuple(adapter.models),
         words=bool(words_of(adapter)),

@@ -7,7 +7,7 @@ Q = X^T - X.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from vismodal.methods.noah import Elastic
 from vismodal.methods.rotation import Rotation, skew
 from vismodal.methods.textualinversion import TextualInversion, Vectors
 from vismodal.methods.tune import Copy
+from vismodal.site import Site
 
 CANNOT = "the file formats of other tools"
 
@@ -163,3 +164,15 @@ def tokens_of(methods: Mapping[str, Method], tensors: Mapping[str, Tensor]) -> t
         for word, rows in method.rows.items():
             found.setdefault(word, {})[encoder] = tensor[rows].detach().clone()
     return found, rest
+
+
+def words_for(found: Tokens, sites: Sequence[Site]) -> list[tuple[Method, dict[str, dict[str, Tensor]]]]:
+    """New words as methods, one for each text encoder, with the tensors of their sites."""
+    chosen: list[tuple[Method, dict[str, dict[str, Tensor]]]] = []
+    for encoder in dict.fromkeys(encoder for rows in found.values() for encoder in rows):
+        mine = {word: rows[encoder] for word, rows in found.items() if encoder in rows}
+        here = [s for s in sites if TextualInversion.fits(s) and f"{s.path}.".startswith(f"{encoder}.")]
+        vectors = tuple(map(len, mine.values()))
+        method = TextualInversion(words=tuple(mine), vectors=vectors, where=tuple(site.path for site in here))
+        chosen.append((method, {site.key: {"v": torch.cat(list(mine.values()))} for site in here}))
+    return chosen

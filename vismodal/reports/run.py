@@ -101,14 +101,14 @@ class Using:
     """What a model card says of an adapter.
 
     Args:
-        method: its methods' names.
+        methods: their names.
         parameters: how many it has.
         parts: of the pipeline that are adapted.
         words: whether it has new words, which the pipeline has to be taught.
         loading: lines by which diffusers alone loads all of it; none where it cannot.
     """
 
-    method: str
+    methods: Sequence[str]
     parameters: int
     parts: Sequence[str]
     words: bool
@@ -130,7 +130,7 @@ def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> 
         library_name="diffusers",
         pipeline_tag="text-to-image",
         instance_prompt=prompt,
-        tags=["text-to-image", using.method.lower().replace(" + ", "-"), "dreambooth", "vismodal"],
+        tags=["text-to-image", *map(str.lower, using.methods), "dreambooth", "vismodal"],
         widget=[{"text": prompt, "output": {"url": "sheet.png"}}],
     )
     lines = [f"| {key} | `{value}` |" for key, value in settings.items() if key not in _PRIVATE and value is not None]
@@ -140,7 +140,7 @@ def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> 
         subject=settings["subject"],
         prompt=prompt,
         steps=settings["steps"],
-        method=using.method,
+        method=" + ".join(using.methods),
         parameters=using.parameters,
         model=hub or name,
         source=source,
