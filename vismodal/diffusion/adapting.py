@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,8 @@ def adapt(config: Recipe, pipe: Pipe) -> vm.Adapter:
         models |= encoders_of(pipe)
         methods += [new_words(config, pipe, name) for name in encoders_of(pipe)]
     denoiser = kind.model(pipe)
-    denoiser.requires_grad_(False)  # gradients go through it also where it is not adapted
+    if kind.denoiser not in models:
+        denoiser.requires_grad_(False)  # it is not adapted, yet gradients go through it
     adapter = vm.adapt(models, methods, name="dreambooth", seed=seed_of(config.seed, "adapter"))
     for model in models.values():
         model.train()
@@ -49,14 +51,22 @@ def placed(config: Recipe, pipe: Pipe, name: str) -> Method:
     """The method on one of the pipeline's models. Raises `InputError` where it has no place there."""
     kind, model = kind_of(pipe), getattr(pipe, name)
     cls, options = method_of(config)
-    own = {option: value for option, value in options.items() if option not in PLACES}
-    usual: dict[str, Any] = {"where": f"{name}.*", "layers": kind.layers.get(name)}
     if name != kind.denoiser:
-        default = config.text_sites == Adaptation().text_sites and not is_free(cls)
-        return cls(**own, **usual, sites=_own_sites(cls, model) if default else sites_of(model, config.text_sites, cls))
-    if "sites" not in options:
-        usual["sites"] = sites_of(model, config.sites, cls) if config.sites else _own_sites(cls, model)
-    return cls(**{**usual, **options})
+        options = {option: value for option, value in options.items() if option not in PLACES}
+        asked = config.text_sites if is_free(cls) or config.text_sites != Adaptation().text_sites else None
+    else:
+        asked = config.sites
+    sites = options.get("sites") or (sites_of(model, asked, cls) if asked else _own_sites(cls, model))
+    usual = {"where": _within(name, model, sites), "layers": kind.layers.get(name)}
+    return cls(**{**usual, **options, "sites": sites})
+
+
+def _within(name: str, model: nn.Module, kinds: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Globs on the paths of a model's sites of these kinds: some spans are over the whole model."""
+    asked = (kinds,) if isinstance(kinds, str) else kinds
+    paths = {site.path for site in vm.sites(model) if any(fnmatchcase(site.kind, kind) for kind in asked)}
+    below = f"{name}.*"
+    return below if "" not in paths else (name, below) if len(paths) > 1 else name
 
 
 def method_of(config: Recipe) -> tuple[type[Method], Mapping[str, Any]]:
