@@ -426,6 +426,13 @@ METHODS |= {  # by a condition
     "IPAdapter": Trial(lambda m: vm.IPAdapter(width=10, tokens=2), SPANNED, condition=(2, 10)),
 }
 
+METHODS |= {  # on text encoders alone; these ids are in the texts that they are given
+    "TextualInversion": Trial(
+        lambda m: vm.TextualInversion(words=("sks",), vectors=(2,), ids=(18, 35)),
+        ("transformers-CLIP*", "transformers-SigLIP"),
+    ),
+}
+
 METHODS |= {  # on classifiers alone
     "CoOp": Trial(lambda m: vm.CoOp(tokens=2), ("classifier*",)),
     "CoOpPerClass": Trial(lambda m: vm.CoOp(words="a photo", per_class=True), ("classifier*",)),

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import vismodal as vm
 from vismodal.checkpoint import check, described, read, restore
 from vismodal.diffusion.kinds import Pipe, kind_of
+from vismodal.diffusion.words import marked, teach, words_of
 from vismodal.errors import InputError
 from vismodal.formats import peft
 from vismodal.formats.files import as_own, format_of, read_any
@@ -111,10 +112,11 @@ class Shelf:
         self, pipe: Pipe, files: Mapping[str, AdapterFile], given: Mapping[str, Tensor] = MappingProxyType({})
     ) -> None:
         kind = kind_of(pipe)
-        self.files, self.given, self.denoiser = files, given, kind.denoiser
+        self.pipe, self.files, self.given, self.denoiser = pipe, files, given, kind.denoiser
         self.models: dict[str, nn.Module] = {kind.denoiser: kind.model(pipe), **kind.readers(pipe)}
         self.there: dict[Use, str] = {}
         self.own: dict[str, AdapterFile] = {}  # as vismodal would have written them for these models
+        self.words: dict[str, tuple[str, ...]] = {}  # the new words of each that is attached
 
     def row(self, uses: Sequence[Use]) -> tuple[str, ...]:
         """The names for `vm.route`, in the order given; what has strength 0 is left out.
@@ -134,6 +136,20 @@ class Shelf:
                 adapter = vm.attached(self.models)[name]
                 adapter.condition = self.given[use.name].expand(rows, *self.given[use.name].shape[1:])
 
+    def spell(self, prompt: str, uses: Sequence[Use]) -> str:
+        """The prompt for a row of these adapters: their new words in it are marked as theirs.
+
+        Raises `InputError` for a word that two of them have.
+        """
+        row = self.row(uses)
+        words = [word.lower() for name in row for word in self.words[name]]
+        if twice := [word for word in words if words.count(word) > 1]:
+            named = " and ".join(use.name for use in uses)
+            raise InputError(f"{named} both have the new word {twice[0]!r}; use one of them in a prompt")
+        for name in row:
+            prompt = marked(prompt, self.words[name], name)
+        return prompt
+
     def _attached(self, use: Use) -> str:
         if use not in self.there:
             if use.name not in self.files:
@@ -146,7 +162,7 @@ class Shelf:
         if name not in self.own:
             file = self.files[name]
             try:
-                tensors, header, notes = as_own(file.tensors, file.header, self.models)
+                tensors, header, notes = as_own(file.tensors, file.header, self.models, file.name)
             except InputError as error:
                 raise InputError(f"{file.path}: {error}") from None
             for note in notes:
@@ -169,6 +185,8 @@ class Shelf:
         except InputError as error:
             adapter.detach()
             raise InputError(f"{file.path}: {error}") from None
+        teach(self.pipe, adapter)
+        self.words[adapter.name] = words_of(adapter)
         vm.use(self.models)
         return adapter.name
 

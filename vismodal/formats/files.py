@@ -22,6 +22,7 @@ from vismodal.files import write_tensors
 from vismodal.formats import kohya, peft, tokens
 from vismodal.formats.bases import Base, Kind, base_on, detect, models
 from vismodal.formats.layers import COMPONENTS, Layers, some
+from vismodal.formats.own import tokens_of
 from vismodal.formats.own_file import dead, fill, layers_of, read_own, write_own
 from vismodal.formats.tokens import Tokens
 
@@ -118,7 +119,7 @@ def contents_in(
     """What the tensors and the header of a file are; the arguments and errors are those of `read_file`."""
     kind = format_of(tensors, header)
     if kind == "vismodal":
-        return Contents(kind, read_own(tensors, header, base), header=header)
+        return Contents(kind, *read_own(tensors, header, base), header=header)
     if kind in ("kohya", "lycoris"):
         layers, found = kohya.read(tensors, base.n if base else 2)
         return Contents(kind, layers, found, header, kind=cast(Kind | None, kohya.base_kind(tensors)))
@@ -136,7 +137,7 @@ def _named(found: Tokens, token: str | None) -> Tokens:
 
 def contents_of(adapter: Adapter) -> Contents:
     """A live adapter, to be written by `write_file`."""
-    return Contents("vismodal", layers_of(adapter))
+    return Contents("vismodal", layers_of(adapter), tokens_of(adapter.methods, adapter.state_dict())[0])
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, 
     layers, found = contents.layers, contents.tokens
     if not layers and to in ("diffusers", "kohya"):
         return (tokens.write_diffusers if to == "diffusers" else tokens.write_webui)(found), {"format": "pt"}
-    if found and to != "kohya":
+    if found and to not in ("kohya", "vismodal"):
         raise InputError(
             f"{to} keeps no tokens in an adapter's file, and here are {some(found)}; "
             "write --only adapter, and again --only tokens --to diffusers"
@@ -185,7 +186,7 @@ def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, 
     base = base or _base(contents)
     if to == "kohya":
         return kohya.write(layers, found, base.kind, base.n)
-    return _write_own(layers, base)
+    return _write_own(layers, found, base)
 
 
 def _base(contents: Contents) -> Base:
@@ -208,11 +209,11 @@ def only(contents: Contents, part: str | None) -> Contents:
     return left
 
 
-def _write_own(layers: Layers, base: Base) -> tuple[dict[str, Tensor], dict[str, str]]:
-    components = dict.fromkeys(module.partition(".")[0] for module in layers)
+def _write_own(layers: Layers, words: Tokens, base: Base) -> tuple[dict[str, Tensor], dict[str, str]]:
+    components = [*(module.partition(".")[0] for module in layers), *(e for rows in words.values() for e in rows)]
     values = any("diff" in layer or "w_norm" in layer for layer in layers.values())
     found = models(base, [c for c in COMPONENTS if c in components], weights=values)
-    tensors, header = write_own(layers, found)
+    tensors, header = write_own(layers, words, found)
     fill(adapt(found, list(described(header)[0].values()), "convert", seed=0), tensors)  # raises where they do not fit
     return tensors, header
 
@@ -222,19 +223,22 @@ def _write_own(layers: Layers, base: Base) -> tuple[dict[str, Tensor], dict[str,
 Own = tuple[Mapping[str, Tensor], Mapping[str, str], tuple[str, ...]]
 
 
-def as_own(tensors: Mapping[str, Tensor], header: Mapping[str, str], models: Mapping[str, nn.Module]) -> Own:
+def as_own(
+    tensors: Mapping[str, Tensor], header: Mapping[str, str], models: Mapping[str, nn.Module], name: str = "token"
+) -> Own:
     """Any file's tensors and header as those of a file of vismodal, and notes on what it lets one doubt.
 
     Args:
         tensors, header: of `read_any`; those of vismodal come back as they are.
         models: that it is for, {"unet": ..., "text_encoder": ...}.
+        name: of a token whose file holds none.
 
-    Raises `InputError` for tokens, and for what the models do not have or no method here can be.
+    Raises `InputError` for what the models do not have or no method here can be.
     """
     if format_of(tensors, header) == "vismodal":
         return tensors, header, ()
-    contents = _adapter_in(tensors, header, base_on(models))
-    made, described_by = write_own(contents.layers, models)
+    contents = contents_in(tensors, header, base_on(models), name)
+    made, described_by = write_own(contents.layers, contents.tokens, models)
     gone = dead(contents.layers, models)
     left_out = (f"nothing in the model reads {some(gone)}, left out",) if gone else ()
     return made, {**_kept(header), **described_by}, (*contents.notes, *left_out)
@@ -242,13 +246,7 @@ def as_own(tensors: Mapping[str, Tensor], header: Mapping[str, str], models: Map
 
 def as_own_on(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None) -> Own:
     """The same of a file of others without the models: for a base, whose weights are needed only for differences
-    (`diff`, norms); None for the one that the file tells."""
-    contents = _adapter_in(tensors, header, base)
-    made, described_by = _write_own(contents.layers, base or _base(contents))
-    return made, {**_kept(header), **described_by}, contents.notes
-
-
-def _adapter_in(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None) -> Contents:
+    (`diff`, norms); None for the one that the file tells. Raises `InputError` for tokens besides."""
     contents = contents_in(tensors, header, base)
     if not contents.layers:
         raise InputError("it holds tokens and no adapter")
@@ -256,4 +254,5 @@ def _adapter_in(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: 
         raise InputError(
             f"it holds the tokens {some(contents.tokens)} and an adapter; write vismodal convert --only adapter"
         )
-    return contents
+    made, described_by = _write_own(contents.layers, {}, base or _base(contents))
+    return made, {**_kept(header), **described_by}, contents.notes

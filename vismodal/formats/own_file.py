@@ -17,15 +17,23 @@ from vismodal.fingerprint import BANK, fingerprint
 from vismodal.formats import methods, own
 from vismodal.formats.bases import Base, models
 from vismodal.formats.layers import COMPONENTS, DENOISERS, Layers, some
+from vismodal.formats.tokens import Tokens
 
 ABSOLUTE = (".value",)  # the ends of tensors that are values, where the files of others hold differences
 
 
-def read_own(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None) -> Layers:
-    """The layers of a file of vismodal. Raises `InputError` for what no file of another tool says, and another base."""
+def read_own(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None) -> tuple[Layers, Tokens]:
+    """The layers and tokens of a file of vismodal, which for tokens alone needs no base.
+
+    Raises `InputError` for what no file of another tool says, and for another base.
+    """
     if header["vismodal"] != FORMAT:
         raise InputError(f"it has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    attached = [from_json(config) for config in json.loads(header["methods"]).values()]
+    by_slot = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+    found_tokens, tensors = own.tokens_of(by_slot, tensors)
+    attached = [method for slot, method in by_slot.items() if any(key.startswith(f"{slot}/") for key in tensors)]
+    if not attached:
+        return {}, found_tokens
     prefixes = list(json.loads(header["base"]))
     if base is None:
         raise InputError("a file of vismodal needs its base model; write --base sd1, sd2, sdxl or its folder")
@@ -35,7 +43,7 @@ def read_own(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Bas
     found = models(base, components, weights=any(key.endswith(ABSOLUTE) for key in tensors))
     adapter = adapt({"": found[base.denoiser]} if prefixes == [""] else found, attached, "convert", seed=0)
     fill(adapter, tensors)
-    return layers_of(adapter)
+    return layers_of(adapter), found_tokens
 
 
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
@@ -91,18 +99,22 @@ def dead(layers: Layers, models: Mapping[str, nn.Module]) -> list[str]:
     return found
 
 
-def write_own(layers: Layers, models: Mapping[str, nn.Module]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def write_own(
+    layers: Layers, words: Tokens, models: Mapping[str, nn.Module]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file of vismodal for these models, which may have no storage. `dead` layers are left out.
 
     Raises `InputError` for layers that the models do not have, or that no method here can be.
     """
-    used = list(dict.fromkeys(module.partition(".")[0] for module in layers))
+    adapted = [*(module.partition(".")[0] for module in layers), *(e for rows in words.values() for e in rows)]
+    used = list(dict.fromkeys(adapted))
     if lacking := [c for c in used if c not in models]:
         raise InputError(f"it adapts {some(map(repr, lacking))}; the model has {', '.join(models)}")
     mine = {prefix: model for prefix, model in models.items() if prefix in used}
     sites = [s for prefix, model in mine.items() for s in discover(model, table(model), prefix)]
     left_out = dead(layers, mine)
     chosen = methods.methods_for({m: layer for m, layer in layers.items() if m not in left_out}, sites)
+    chosen = [*chosen, *own.words_for(words, sites)]
     by_slot = slots([method for method, _ in chosen])
     tensors: dict[str, Tensor] = {}
     for slot, (_, by_site) in zip(by_slot, chosen, strict=True):

@@ -35,6 +35,7 @@ from vismodal.methods.sidetuning import SideTuning
 from vismodal.methods.sparse import SparseMask
 from vismodal.methods.ssf import SSF
 from vismodal.methods.t2iadapter import T2IAdapter
+from vismodal.methods.textualinversion import TextualInversion
 from vismodal.methods.tipadapter import TipAdapter
 from vismodal.methods.tune import Tune
 from vismodal.methods.unipelt import UniPELT
@@ -48,7 +49,7 @@ METHODS: tuple[type[Method], ...] = (
     SideTuning, Ladder, ResTuningBypass, DTL,
     DoRA, PiSSA, VeRA, AdaLoRA, DyLoRA, IA3, SSF, BitFit, NormTuning, CrossAttention, LinearProbe, SparseMask,
     CoOp, CoCoOp, MaPLe, IVLP, PromptSRC, CLIPAdapter, TipAdapter,
-    T2IAdapter, IPAdapter,
+    TextualInversion, T2IAdapter, IPAdapter,
 )  # fmt: skip
 
 __all__ = [
@@ -95,6 +96,7 @@ __all__ = [
     "SideTuning",
     "SparseMask",
     "T2IAdapter",
+    "TextualInversion",
     "TipAdapter",
     "Tune",
     "UniPELT",
