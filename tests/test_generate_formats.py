@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from their_files import XL, Layer, by_diffusers, by_formula, changed, diffusers, draw, kohya, lora, picture
 from tiny_diffusion import tiny_kind, tiny_pipeline
 from tiny_sdxl import tiny_sdxl
@@ -268,6 +269,22 @@ def test_what_does_not_fit_is_an_error(made: dict[str, Path], tmp_path: Path) ->
         file = write_tensors(tmp_path / f"{i}" / "dog.safetensors", tensors)
         with pytest.raises(InputError, match=f"dog.safetensors: .*{why}"):
             with_file(made["sd1"], file)
+
+
+def test_the_command_draws_and_draws_again(made: dict[str, Path], tmp_path: Path) -> None:
+    """From the command line, with a tag of its own strength; the picture knows the file by its digest."""
+    layers = {path: lora(m, seed=i) for i, (path, m) in enumerate(find(made["sd1"], "to_q").items())}
+    file = write_tensors(tmp_path / "dog.safetensors", kohya(layers), {"modelspec.trigger_phrase": "sks dog"})
+    line = ["generate", "a cat <lora:dog:0.5>", "a cat", "--strengths", "0", "--adapters", str(file), "--seeds", "3"]
+    line += ["--model", str(made["sd1"]), "--steps", "2", "--guidance", "3", "--output"]
+    assert cli.main([*line, str(tmp_path / "out")]) == 0
+    pictures = [np.asarray(Image.open(tmp_path / "out" / f"000{i}.png")).astype(int) for i in (0, 1)]
+    assert np.abs(pictures[0] - pictures[1]).max() > 1
+    assert (
+        cli.main(["generate", "--like", str(tmp_path / "out" / "0000.png"), "--output", str(tmp_path / "again")]) == 0
+    )
+    again = np.asarray(Image.open(tmp_path / "again" / "0000.png")).astype(int)
+    assert np.abs(again - pictures[0]).max() <= 1
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
