@@ -241,11 +241,29 @@ def test_names_of_sdxl_are_counted_by_the_pipelines_own_blocks(tmp_path: Path) -
     np.testing.assert_allclose(with_file(tmp_path / "model", file), want, atol=1e-4)
 
 
+def test_a_bundle_of_kohya_draws_what_diffusers_draws_from_its_two_parts(made: dict[str, Path], tmp_path: Path) -> None:
+    """A LoRA and a word of two vectors, which stands in the prompt; and the word alone, named by its file."""
+    layers = {path: lora(m, seed=i) for i, (path, m) in enumerate(find(made["sd1"], *ATTENTION).items())}
+    rows, theirs = draw(2, 16), load_pipeline(made["sd1"])
+    alone = write_tensors(tmp_path / "qqdog.safetensors", {"emb_params": rows})
+    bundle = {**kohya(layers), "bundle_emb.qqdog.emb_params": rows}
+    theirs.load_textual_inversion({"qqdog": rows})
+    for name, file in {"qqdog": alone, "bundle": write_tensors(tmp_path / "bundle.safetensors", bundle)}.items():
+        if name == "bundle":
+            theirs.load_lora_weights(str(write_tensors(tmp_path / "lora.safetensors", kohya(layers))))
+        pipe = load_pipeline(made["sd1"])
+        shelf = Shelf(pipe, read_adapters([str(file)]))
+        row = shelf.row([Use(name)])
+        with torch.no_grad(), vm.route(shelf.models, [row]):
+            ours = picture(pipe, shelf.spell("a photo of qqdog", [Use(name)]))
+        np.testing.assert_allclose(ours, picture(theirs, "a photo of qqdog"), atol=1e-4)
+
+
 # -- what cannot be said -----------------------------------------------------------------------------------------------
 
 
 def test_what_does_not_fit_is_an_error(made: dict[str, Path], tmp_path: Path) -> None:
-    """Before anything is drawn: another base, tokens, T5, factors and magnitudes that no method here has."""
+    """Before anything is drawn: another base, T5, factors and magnitudes that no method here has."""
     path, module = next(iter(find(made["sd1"], "attn2.to_q").items()))
     layer = lora(module)
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -255,9 +273,6 @@ def test_what_does_not_fit_is_an_error(made: dict[str, Path], tmp_path: Path) ->
         "the base model has no unet.up_blocks.3.proj_in": {"lora_unet_up_blocks_3_proj_in.lora_down.weight": draw(1, 2),
                                                            "lora_unet_up_blocks_3_proj_in.lora_up.weight": draw(2, 1)},
         "is 32x32 in the base model and 5x7 in the file": other,
-        "it holds the tokens dog and an adapter; write vismodal convert --only adapter":
-            {**kohya({path: layer}), "bundle_emb.dog.emb_params": draw(1, 16)},
-        "it holds tokens and no adapter": {"emb_params": draw(1, 16)},
         "it adapts 'transformer'; the model has unet, text_encoder":
             {f"lora_unet_double_blocks_0_img_attn_proj.{n}": t for n, t in layer.items()},
         "it adapts 'text_encoder_2'":

@@ -173,12 +173,15 @@ def test_diffusers_draws_the_same_from_the_exported_files(kind, tmp_path):
     tiny_pipeline(folder) if kind == "sd" else tiny_kind(kind, folder)
     pipe = load_pipeline(folder)
     encoders = {n: e for n in ("text_encoder", "text_encoder_2") if "CLIP" in type(e := getattr(pipe, n, 0)).__name__}
-    adapter = shaken(vm.adapt(encoders, vm.TextualInversion(words=("<sks>",), vectors=(2,))))
+    adapter = shaken(vm.adapt(encoders, vm.TextualInversion(words=("<sks>", "sks"), vectors=(2, 1))))
     base = drawn(pipe, "a <sks> dog")
     teach(pipe, adapter)
     after = drawn(pipe, "a <sks> dog")
     assert np.abs(after - base).max() > 1
-    lines = export(pipe, adapter, tmp_path).loading
+    written = export(pipe, adapter, tmp_path)
+    lines = written.loading
+    assert [path.name for path in written.files] == ["sks.safetensors", "sks-2.safetensors"]
+    assert bool(lines) == (kind != "sd3")
     if kind in ("sd", "sdxl"):
         pipe = plain_pipeline(folder)
         exec("\n".join(lines).replace("embeddings/", f"{tmp_path}/embeddings/"), {"pipe": pipe})
@@ -224,6 +227,10 @@ def test_pivotal_tuning_stops_its_words_and_resumes_exactly(settings, tmp_path, 
         assert all(t.any() for t in lora)
     assert not torch.equal(rows[1], rows[2])
     assert torch.equal(rows[2], rows[3]) and torch.equal(rows[3], rows[4])
+    pipe = plain_pipeline(whole.model)
+    pipe.load_lora_weights(whole.output, weight_name="pytorch_lora_weights.safetensors")
+    pipe.load_textual_inversion(str(whole.output / "embeddings/sks.safetensors"))
+    assert np.abs(drawn(pipe, seed=seed_of(0, "sample", 0)) - sample_of(whole.output, 4)).max() <= 1
 
     cut, real = replace(whole, output=tmp_path / "cut"), Pictures.draw
 

@@ -51,9 +51,9 @@ def changed(W: Tensor, layer: dict[str, Tensor]) -> Tensor:
     return t["dora_scale"].view(-1, *[1] * (W.dim() - 1)) * V / V.flatten(1).norm(dim=1).view(-1, *[1] * (W.dim() - 1))
 
 
-def picture(pipe) -> np.ndarray:
+def picture(pipe, prompt: str = "a photo of sks dog") -> np.ndarray:
     options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "guidance_scale": 3.0}
-    return pipe("a photo of sks dog", generator=torch.Generator().manual_seed(0), **options).images[0]
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images[0]
 
 
 def by_diffusers(folder: Path, file: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,21 +38,25 @@ class Exports:
 
 def export(pipe: Pipe, adapter: vm.Adapter, output: Path) -> Exports:
     """Files of diffusers, or where it has no words for the method of web UIs, and of new words one each."""
-    files: list[Path] = []
-    lines: list[str] = []
     found, rest = own.tokens_of(adapter.methods, adapter.state_dict())
     path, note = _lora(pipe, adapter, output) if rest else (None, "")
-    if path is not None:
-        files.append(path)
-    loadable = not rest or (path is not None and path.name == peft.FILE)
-    if rest and loadable:
-        lines.append(f'pipe.load_lora_weights(".", weight_name="{peft.FILE}")')
+    files = [path] if path is not None else []
+    lines = [f'pipe.load_lora_weights(".", weight_name="{peft.FILE}")'] if rest else []
     for word, rows in found.items():
-        path = output / TOKENS / f"{re.sub(r'[^A-Za-z0-9._-]+', '', word) or 'token'}.safetensors"
-        files.append(write_tensors(path, tokens.write_diffusers({word: rows}), {"format": "pt"}))
-        lines += _loading(pipe, word, f"{TOKENS}/{path.name}", list(rows))
-    told = f"and for pipe.load_textual_inversion {output / TOKENS}" if found else ""
-    return Exports(tuple(files), tuple(lines) if loadable else (), tuple(filter(None, (note, told))))
+        files.append(write_tensors(_path(output, word, files), tokens.write_diffusers({word: rows}), {"format": "pt"}))
+        lines += _loading(pipe, word, f"{TOKENS}/{files[-1].name}", list(rows))
+    reads = not found or hasattr(pipe, "load_textual_inversion")
+    whole = reads and (not rest or (path is not None and path.name == peft.FILE))
+    loader = "pipe.load_textual_inversion" if reads else f"web UIs (a {type(pipe).__name__} reads no tokens)"
+    notes = (note, f"and for {loader} {output / TOKENS}" if found else "")
+    return Exports(tuple(files), tuple(dict.fromkeys(lines)) if whole else (), tuple(filter(None, notes)))
+
+
+def _path(output: Path, word: str, taken: Sequence[Path]) -> Path:
+    """A file of its own for a word, by its letters."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "", word) or "token"
+    names = (output / TOKENS / f"{stem}{f'-{i}' if i > 1 else ''}.safetensors" for i in itertools.count(1))
+    return next(path for path in names if path not in taken)
 
 
 def _lora(pipe: Pipe, adapter: vm.Adapter, output: Path) -> tuple[Path | None, str]:
@@ -67,7 +72,7 @@ def _lora(pipe: Pipe, adapter: vm.Adapter, output: Path) -> tuple[Path | None, s
             return None, f"other tools have no file for it: {error}"
     try:
         path = write_file(contents_of(adapter), "kohya", output / WEBUI, _base(pipe, kind))
-        return path, f"and for web UIs {path} (pipe.load_lora_weights reads LoRA alone)"
+        return path, f"and for web UIs {path} (pipe.load_lora_weights cannot read it)"
     except InputError as error:
         return None, f"other tools have no file for it: {error}"
 
