@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from vismodal.callbacks import Callback, Log
 from vismodal.draw import generator, seed_of
+from vismodal.ema import Ema
 from vismodal.errors import InputError
 from vismodal.interrupt import Interrupts
 from vismodal.resume import Checkpoints, Trainable
@@ -128,14 +129,16 @@ def fit(
     checkpoints: Checkpoints | None = None,
     log: Path | None = None,
     callbacks: Sequence[Callback] = (),
+    ema: Ema | None = None,
 ) -> Outcome:
     """Trains `adapter`'s parameters to lower `loss`, from the newest of `checkpoints` where there is one.
 
-    `log` is the metrics.jsonl. Ctrl-C and SIGTERM save a checkpoint and give an `Outcome` with `stopped`.
+    `log` is the metrics.jsonl. `ema` takes in the parameters after each update; wearing it is left to the caller.
+    Ctrl-C and SIGTERM save a checkpoint and give an `Outcome` with `stopped`.
     Raises `InputError` if the loss or the gradient is not finite (the last good state is saved before), if a site of
     the adapter turns out dead, and if the checkpoint is another run's or has more than `plan.steps` steps.
     """
-    run = _Run(loss, adapter, optimizer, plan, accelerator or Accelerator(), checkpoints)
+    run = _Run(loss, adapter, optimizer, plan, accelerator or Accelerator(), checkpoints, ema)
     main = run.accelerator.is_main_process
     watchers = callbacks if main else ()
     lines = Log(log, run.step) if log is not None and main else None
@@ -174,8 +177,9 @@ class _Run:
         plan: Plan,
         accelerator: Accelerator,
         checkpoints: Checkpoints | None,
+        ema: Ema | None,
     ) -> None:
-        self.loss, self.adapter, self.optimizer, self.plan = loss, adapter, optimizer, plan
+        self.loss, self.adapter, self.optimizer, self.plan, self.ema = loss, adapter, optimizer, plan, ema
         self.accelerator, self.checkpoints, self.scaler = accelerator, checkpoints, accelerator.scaler
         self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         self.rates = [float(g["lr"]) for g in optimizer.param_groups]
@@ -183,7 +187,7 @@ class _Run:
         self.stop = Interrupts(flag_only=accelerator.num_processes > 1)
         if checkpoints:
             checkpoints.check(plan.steps)
-        self.step, extra = checkpoints.restore(adapter, optimizer) if checkpoints else (0, {})
+        self.step, extra = checkpoints.restore(adapter, optimizer, ema) if checkpoints else (0, {})
         self.saved = self.first = self.step
         if self.scaler is not None and "scaler" in extra:
             self.scaler.load_state_dict(extra["scaler"])
@@ -210,6 +214,8 @@ class _Run:
             else:
                 self.optimizer.step()
             self.adapter.advance(self.step + 1, self.plan.steps)
+            if self.ema:
+                self.ema.update(self.step + 1)
             self.step, self.metrics = self.step + 1, metrics
             if log:
                 log.write(self.step, metrics)
@@ -285,7 +291,7 @@ class _Run:
         with self.stop.shielded():
             extra = {"scaler": self.scaler.state_dict()} if self.scaler is not None else {}
             write = self.accelerator.is_main_process
-            self.checkpoints.save(self.step, self.adapter, self.optimizer, extra, write=write)
+            self.checkpoints.save(self.step, self.adapter, self.optimizer, extra, ema=self.ema, write=write)
             self.saved = self.step
         self.accelerator.wait_for_everyone()
 
