@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from vismodal import runs
 from vismodal.callbacks import Every, Progress, Track
 from vismodal.data.subject import subject_folder
@@ -23,11 +21,13 @@ from vismodal.diffusion.adapting import adapt
 from vismodal.diffusion.checks import checked, fitted
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.generate import Samples, generate
-from vismodal.diffusion.load import load_pipeline
-from vismodal.diffusion.objective import class_images, loss_of
+from vismodal.diffusion.load import load_pipeline, prepare
+from vismodal.diffusion.objective import class_images, loss_of, patience_of
 from vismodal.diffusion.prompts import prompts_for
 from vismodal.diffusion.recipe import FREE, Recipe
 from vismodal.diffusion.results import write_results
+from vismodal.ema import Ema, wearing
+from vismodal.optimizers import optimizer_for
 from vismodal.paths import asset
 from vismodal.resume import Checkpoints
 from vismodal.runs import known
@@ -58,9 +58,10 @@ def main(config: Config) -> Result:
 def run(config: Config) -> Result:
     """`main` for settings that are filled in."""
     plan = Plan(known(config.steps), config.accumulate, config.seed, known(config.schedule), config.warmup, config.clip)
-    photos = runs.read_and_tell(config.photos or subject_folder(), config.resolution, config.captions)
+    photos = runs.read_and_tell(config.photos or subject_folder(), config.resolution, config.captions, config.masks)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
     pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)
+    prepare(pipe, config.zero_snr, config.base == "int8")
     config = fitted(config, pipe)
     prompts = prompts_for(photos, known(config.prompt), config.subject)
     warn_of_long(pipe, [*prompts, *config.sample_prompts])
@@ -74,7 +75,7 @@ def run(config: Config) -> Result:
     with accelerator.main_process_first(), adapter.disabled():  # the others find what the first process makes
         if accelerator.is_main_process and not config.resume:
             runs.save_config(config, output)
-        class_photos = class_images(config, draw) if config.prior else []
+        class_photos = class_images(config, draw) if config.prior and config.prior_by != "photos" else []
         sample(0)
     content = {"photos": runs.digest(photos), "class_photos": runs.digest(class_photos), **runs.bases(adapter)}
     same = runs.identity(config, FREE, **content)
@@ -83,25 +84,28 @@ def run(config: Config) -> Result:
     if accelerator.is_main_process:
         runs.save_config(config, output)
     accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(adapter.modules)} sites, into {output}")
+    ema = Ema(adapter, config.ema) if config.ema else None
     outcome = fit(
-        loss_of(config, pipe, photos, prompts, class_photos),
+        loss_of(config, pipe, adapter, photos, prompts, class_photos),
         adapter,
-        torch.optim.AdamW(adapter.groups(known(config.learning_rate), config.weight_decay)),
+        optimizer_for(config.optimizer, adapter.groups(known(config.learning_rate), config.weight_decay)),
         plan=plan,
         accelerator=accelerator,
         checkpoints=checkpoints,
         log=output / "metrics.jsonl",
         callbacks=[
             Progress(),
-            Every(config.sample_every, sample),
+            Every(config.sample_every, wearing(ema, sample)),
             *([Track(accelerator, "dreambooth", same)] if config.track else []),
         ],
+        ema=ema,
+        patience=patience_of(config, photos),
     )
     if outcome.stopped:
         again = runs.resume_command("dreambooth", output)
         accelerator.print(f"stopped after step {outcome.step} of {plan.steps}; go on with: {again}")
     elif accelerator.is_main_process:
-        write_results(config, pipe, sample, adapter, photos)
+        wearing(ema, write_results)(config, pipe, sample, adapter, photos)
     return Result(output, outcome.step, outcome.stopped)
 
 

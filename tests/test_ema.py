@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import vismodal as vm
 from vismodal.draw import shuffled
-from vismodal.ema import Ema, worn
+from vismodal.ema import Ema, wearing
 from vismodal.errors import InputError
 from vismodal.resume import Checkpoints, adapter_of
 from vismodal.train import Micro, Plan, fit
@@ -87,8 +87,7 @@ def test_worn_and_taken_off_to_the_bit(tmp_path: Path) -> None:
             smooth = model(X)
             vm.save(adapter, tmp_path / "a.safetensors")
         assert torch.equal(model(X), own) and not torch.equal(smooth, own)
-        with worn(None):
-            assert torch.equal(model(X), own)
+        assert torch.equal(wearing(None, model)(X), own) and torch.equal(wearing(ema, model)(X), smooth)
         fresh, _ = tiny()
         vm.use(fresh)
         vm.load(fresh, tmp_path / "a.safetensors", "found")

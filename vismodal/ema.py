@@ -12,9 +12,9 @@ start of long ones, average over their last tenth or so instead of remembering w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from vismodal.sharding import spread_like, whole
 
 if TYPE_CHECKING:
     from vismodal.resume import Trainable
+
+Given, Made = ParamSpec("Given"), TypeVar("Made")
 
 
 class Ema:
@@ -65,6 +67,13 @@ class Ema:
             self.averages[name] = spread_like(state[name].to(mine.device, torch.float32), mine)
 
 
-def worn(ema: Ema | None) -> AbstractContextManager[None]:
-    """`ema.worn()`, or nothing where there is none."""
-    return nullcontext() if ema is None else ema.worn()
+def wearing(ema: Ema | None, action: Callable[Given, Made]) -> Callable[Given, Made]:
+    """The action, done with the averages worn; as it is where there are none."""
+    if ema is None:
+        return action
+
+    def done(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        with ema.worn():
+            return action(*args, **kwargs)
+
+    return done

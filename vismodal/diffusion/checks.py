@@ -23,6 +23,8 @@ def checked(config: Chosen) -> Chosen:
     if config.prompt is None and config.photos is not None:
         raise InputError(f'the prompt is missing; write what the photos show, such as --prompt "{PHOTO}"')
     embedded = config.model is None
+    if config.learning_rate is None and config.optimizer == "prodigy":
+        config = replace(config, learning_rate=1.0)
     config = replace(config, threads=config.threads or (1 if embedded else torch.get_num_threads()))
     unset = {name: values[embedded] for name, values in BY_MODEL.items() if getattr(config, name) is None}
     config = replace(config, **unset)  # type: ignore[arg-type]
@@ -33,6 +35,9 @@ def checked(config: Chosen) -> Chosen:
         check_class(class_prompt, word)
     runs.at_least(config, 1, "batch", "class_images", "sample_count", "sample_steps", "keep", "rank")
     runs.at_least(config, 0, "prior", "min_snr", "offset_noise", "sample_every", "save_every", "learning_rate")
+    for name in ("caption_dropout", "mask_floor", "ema"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
     if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
         raise InputError(f"resolution must be a multiple of 8, not {config.resolution}")
     new = tuple(f"{prompt} on a {colour} background" for colour in ("white", "orange"))  # no photo has these

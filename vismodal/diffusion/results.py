@@ -10,6 +10,7 @@ from vismodal import runs
 from vismodal.data.photos import Photo
 from vismodal.diffusion.generate import Samples
 from vismodal.diffusion.kinds import Pipe, kind_of
+from vismodal.diffusion.processes import ZERO_SNR
 from vismodal.diffusion.recipe import PHOTO, Recipe
 from vismodal.files import write_tensors
 from vismodal.formats import peft
@@ -20,7 +21,8 @@ from vismodal.runs import known
 def write_results(config: Recipe, pipe: Pipe, sample: Samples, adapter: vm.Adapter, photos: Sequence[Photo]) -> None:
     """The adapter in our format and in diffusers', and what people look at; then says what to do next."""
     output, steps = known(config.output), known(config.steps)
-    vm.save(adapter, output / "adapter.safetensors", {"prompt": known(config.prompt), "subject": config.subject})
+    said = {"prompt": known(config.prompt), "subject": config.subject} | ({ZERO_SNR: "true"} if config.zero_snr else {})
+    vm.save(adapter, output / "adapter.safetensors", said)
     readable, parts = kind_of(pipe).lora_files, list(adapter.models)
     if readable:
         tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))

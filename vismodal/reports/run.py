@@ -125,12 +125,20 @@ def dreambooth_card(
         model=hub or name,
         source=f'"{hub or f"path/to/{name}"}"' if model else 'vismodal.paths.asset("tiny-sd")',
         parts=", ".join(f'"{part}": pipe.{part}' for part in parts),
+        sampler=_ZERO_SNR if settings["zero_snr"] else "",
         settings="\n".join(["| setting | value |", "| --- | --- |", *lines]),
     )
     return write_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
 
 
 _PRIVATE = ("photos", "model", "output", "resume", "class_folder", "track")  # places on this machine
+_ZERO_SNR = """\
+from diffusers import DDIMScheduler
+
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+)
+"""
 _CARD = """\
 # LoRA for "{subject}"
 
@@ -146,7 +154,7 @@ import vismodal as vm
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({source})
-adapter = vm.load({{{parts}}}, "adapter.safetensors")
+{sampler}adapter = vm.load({{{parts}}}, "adapter.safetensors")
 adapter.scale = 0.8
 image = pipe("{prompt}").images[0]
 ```
@@ -163,7 +171,7 @@ _CARD_PLAIN = _CARD.replace(
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({source})
-pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
+{sampler}pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
 image = pipe("{prompt}").images[0]
 ```
 
