@@ -66,6 +66,7 @@ def run(config: Config) -> Result:
     prompts = prompts_for(photos, known(config.prompt), config.subject)
     warn_of_long(pipe, [*prompts, *config.sample_prompts])
     adapter = adapt(config, pipe)
+    optimizer = optimizer_for(config.optimizer, adapter.groups(known(config.learning_rate), config.weight_decay))
     config = replace(config, output=runs.claim(config.output, "dreambooth", config.resume, accelerator))
     output = known(config.output)  # until here nothing was written: bad input leaves no trace
 
@@ -88,7 +89,7 @@ def run(config: Config) -> Result:
     outcome = fit(
         loss_of(config, pipe, adapter, photos, prompts, class_photos),
         adapter,
-        optimizer_for(config.optimizer, adapter.groups(known(config.learning_rate), config.weight_decay)),
+        optimizer,
         plan=plan,
         accelerator=accelerator,
         checkpoints=checkpoints,

@@ -130,7 +130,7 @@ def zero_terminal_snr(pipe: Pipe) -> None:
     if given != "v_prediction":
         raise InputError(
             f"{needed} (prediction_type v_prediction, as Stable Diffusion 2.1 at 768 pixels), "
-            f"and this one predicts {given}. Write --zero_snr false, and for darker and lighter pictures --offset_noise 0.05"
+            f"and this one predicts {given}. Write --zero_snr false, or --offset_noise 0.05 for dark and light pictures"
         )
     pipe.scheduler = DDIMScheduler.from_config(
         config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
