@@ -1,7 +1,8 @@
 # make demo   set up, then teach the embedded Stable Diffusion a subject and show the result
 # make test   set up, then run the tests
 # make check  ruff, mypy and the tests: what every commit passes
-# make bench  the comparison with peft, into benchmarks/results/
+# make bench  speed and memory beside peft and diffusers, into benchmarks/results/
+# make bench-accuracy DATA=FOLDER  six small data sets against full fine-tuning and peft; goes on where it was stopped
 # make bench-methods DATA=FOLDER  every method on the embedded models; goes on where it was stopped
 # make assets-eval DATA=FOLDER  the figures in the cards of assets/, measured again
 
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
-.PHONY: demo test check bench bench-methods assets-eval clean
+.PHONY: demo test check bench bench-accuracy bench-methods assets-eval clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -32,7 +33,12 @@ check: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2
 
 bench: $(READY)
-	$(BIN)/python benchmarks/speed.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/speed.py
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/dreambooth_step.py
+	$(BIN)/python benchmarks/memory.py
+
+bench-accuracy: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --data $(DATA)
 
 bench-methods: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/methods.py --data $(DATA)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import two_processes
 from pictures import folder, picture, tiny_vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -215,13 +213,7 @@ def test_two_processes_get_what_one_does(data, tmp_path):
     main(one)
     out = tmp_path / "two"
     save_config(replace(one, output=out, batch=2, track="tensorboard"), tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*launch, str(ROOT / "pipelines/classify.py"), "--config", str(tmp_path / "config.yaml")],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_processes("classify", tmp_path / "config.yaml")
     assert json.loads((out / "results.json").read_text())["processes"] == 2
     assert len(list(out.glob("classify-lora-rank-2-*-seed0/events*"))) == 1
     a, b = (load_file(folder / "adapter.safetensors") for folder in (one.output, out))

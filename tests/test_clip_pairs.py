@@ -11,6 +11,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from launching import two_processes
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from zoo import close
@@ -24,6 +25,7 @@ from vismodal.contrastive.loss import sigmoid
 from vismodal.errors import InputError
 from vismodal.paths import asset
 from vismodal.pretrained import hub_name, load_clip
+from vismodal.runs import save_config
 
 pipeline = cli.load_pipeline("clip_pairs")
 Config, main = pipeline.Config, pipeline.main
@@ -78,6 +80,19 @@ def settings(data: Path, tmp_path: Path) -> Any:
         pairs=data, output=tmp_path / "run", held_out=0.25, batch=4, steps=4, learning_rate=3e-3, warmup=1,
         augment=True, method="lora(rank=2, dropout=0.2)", learn_scale=True, save_every=0,
     )  # fmt: skip
+
+
+def test_two_processes_get_what_one_does(settings: Any) -> None:
+    """Two pictures of each batch on each; the contrast is with the batch's pictures on both."""
+    settings = replace(settings, method="lora(rank=2)", augment=False, steps=3)
+    main(settings)
+    out = settings.output.parent / "two"
+    save_config(replace(settings, output=out, threads=1), out.parent)
+    two_processes("clip pairs", out.parent / "config.yaml")
+    losses = [[row["loss"] for row in read_log(f / "metrics.jsonl")] for f in (settings.output, out)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
+    mine, theirs = (load_file(f / "adapter.safetensors") for f in (settings.output, out))
+    assert mine.keys() == theirs.keys() and all(torch.allclose(mine[n], theirs[n], atol=2e-4) for n in mine)
 
 
 def rows(folder: Path) -> list[dict[str, float]]:

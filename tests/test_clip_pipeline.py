@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import two_processes
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from vismodal.fewshot import trial as fewshot_trial
 from vismodal.fewshot.data import Part
 from vismodal.fewshot.recipes import RECIPES
 from vismodal.paths import asset
+from vismodal.runs import save_config
 
 pipeline = cli.load_pipeline("clip")
 Config, main = pipeline.Config, pipeline.main
@@ -69,6 +71,24 @@ def settings(data: Path, tmp_path: Path) -> Any:
 
 def scores(result: Any) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in result.scores}
+
+
+def test_two_processes_get_what_one_does(settings: Any) -> None:
+    settings = replace(settings, compare=("coop", "vpt", "clip-lora(dropout=0.0)"), augment=2, base_to_new=True)
+    one = main(settings)
+    out = settings.output.parent / "two"
+    save_config(replace(settings, output=out, threads=1), out.parent)
+    two_processes("clip", out.parent / "config.yaml")
+    found = json.loads((out / "results.json").read_text())
+    assert len(found) == len(one.scores) == 3
+    for mine, theirs in zip(one.scores, found, strict=True):
+        assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
+    files = list(settings.output.rglob("adapter.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        mine, theirs = load_file(file), load_file(out / file.relative_to(settings.output))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.allclose(mine[name], theirs[name], atol=2e-4) for name in mine)
 
 
 # -- what a run leaves -------------------------------------------------------------------------------------------------

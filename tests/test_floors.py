@@ -25,7 +25,7 @@ FLOORS = {
     **dict.fromkeys(("ema", "optimizers"), 4),
     **dict.fromkeys(("classification", "fewshot", "contrastive", "diffusion", "evaluation"), 4),
     **dict.fromkeys(("models", "pretrained", "clip_export", "entries", "tools"), 4),
-    **dict.fromkeys(("cli", "pipelines", "apps"), 5),
+    **dict.fromkeys(("cli", "__main__", "pipelines", "apps"), 5),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

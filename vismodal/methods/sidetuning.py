@@ -40,7 +40,8 @@ class Blend(SpanModule):
     def __init__(self, side: nn.Module, alpha: float, device: torch.device | None):
         super().__init__()
         self.side = side.to(device=device, dtype=torch.float32).requires_grad_(True)
-        self.alpha = nn.Parameter(torch.tensor(alpha, device="cpu", dtype=torch.float32).to(device))
+        # one row, since FSDP2 takes no scalars
+        self.alpha = nn.Parameter(torch.tensor([alpha], device="cpu", dtype=torch.float32).to(device))
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
         context["x"] = x
