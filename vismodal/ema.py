@@ -25,7 +25,8 @@ from vismodal.sharding import spread_like, whole
 if TYPE_CHECKING:
     from vismodal.resume import Trainable
 
-Given, Made = ParamSpec("Given"), TypeVar("Made")
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 class Ema:

@@ -27,10 +27,12 @@ class Pipe(Protocol):
     text_encoder: Any
     tokenizer: Any
     scheduler: Any
-    config: Any
     image_processor: Any
     vae_scale_factor: int
     default_sample_size: int
+
+    @property
+    def config(self) -> Any: ...
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any: ...
     def set_progress_bar_config(self, **kwargs: Any) -> None: ...
