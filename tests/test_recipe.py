@@ -427,4 +427,5 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(models, photo
     assert 'pip install "vismodal[prodigy]"' in refused("--optimizer", "prodigy")
     assert 'pip install "vismodal[8bit]"' in refused("--optimizer", "adamw8bit")
     assert "prior_by" in refused("--prior_by", "nothing")
+    assert "its weight is 0; write --prior 1" in refused("--prior_by", "photos")
     assert not (tmp_path / "out").exists()

@@ -35,6 +35,8 @@ def checked(config: Chosen) -> Chosen:
         check_class(class_prompt, word)
     runs.at_least(config, 1, "batch", "class_images", "sample_count", "sample_steps", "keep", "rank")
     runs.at_least(config, 0, "prior", "min_snr", "offset_noise", "sample_every", "save_every", "learning_rate")
+    if config.prior_by != "images" and not config.prior:
+        raise InputError(f"prior_by {config.prior_by} says how the class is kept, but its weight is 0; write --prior 1")
     for name in ("caption_dropout", "mask_floor", "ema"):
         if not 0 <= getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
