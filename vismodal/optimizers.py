@@ -41,8 +41,8 @@ def optimizer_for(name: OptimizerName, groups: Sequence[Mapping[str, Any]]) -> O
             rates = sorted({group["lr"] for group in params})
             if len(rates) > 1:
                 raise InputError(
-                    f"prodigy finds one step size for all, but the method asks for the learning rates {rates}; "
-                    "leave out its ratio of learning rates, or write --optimizer adamw"
+                    f"prodigy finds one step size for all, but is given the learning rates {rates}; make them equal, "
+                    "with no ratio in the method and the same --token_learning_rate, or write --optimizer adamw"
                 )
             prodigy = _package("prodigyopt", name, "prodigy").Prodigy
             found: Optimizer = prodigy(params, lr=rates[0], use_bias_correction=True, safeguard_warmup=True)
