@@ -56,9 +56,7 @@ def test_what_each_is_given(packages: None) -> None:
     for made in (plain, eight, prodigy):
         told = [(g["lr"], g["weight_decay"], len(g["params"])) for g in made.param_groups]
         assert told == [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] and len(told) > 1
-    with pytest.raises(
-        InputError, match=r"one step size for all, but the method asks for the learning rates \[0.1, 1.0\]"
-    ):
+    with pytest.raises(InputError, match=r"one step size for all, but is given the learning rates \[0.1, 1.0\]"):
         optimizer_for("prodigy", [{"params": groups[0]["params"], "lr": 1.0}, {"params": [], "lr": 0.1}])
 
 
