@@ -1,8 +1,12 @@
-"""DreamBooth with LoRA (Ruiz et al. 2023, arXiv 2208.12242): teach a model a subject from a few photos.
+"""DreamBooth (Ruiz et al. 2023, arXiv 2208.12242): teach a model a subject from a few photos, by LoRA or what you like.
 
     vismodal dreambooth                                    # the embedded model and subject, 76 s on 2 cores
     vismodal dreambooth --photos my_dog --prompt "a photo of sks dog" --model OWNER/STABLE-DIFFUSION
     vismodal dreambooth --config runs/dreambooth-1/config.yaml --resume
+    vismodal dreambooth --method "oft(block_size=4)"
+    vismodal dreambooth --method none --tokens sks:2            # textual inversion
+    vismodal dreambooth --tokens sks --token_init robot --token_steps 300                    # pivotal tuning
+    vismodal dreambooth --method crossattention --tokens sks --prior 1 --model OWNER/NAME    # Custom Diffusion
 
 The same from Python: `main(Config(photos=Path("my_dog"), prompt="a photo of sks dog", model="..."))`.
 """
@@ -16,16 +20,15 @@ from pathlib import Path
 
 from vismodal import runs
 from vismodal.callbacks import Every, Progress, Track
-from vismodal.data.subject import subject_folder
 from vismodal.diffusion.adapting import adapt
 from vismodal.diffusion.checks import checked, fitted
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.generate import Samples, generate
 from vismodal.diffusion.load import load_pipeline, prepare
-from vismodal.diffusion.objective import class_images, loss_of, patience_of
-from vismodal.diffusion.prompts import prompts_for
+from vismodal.diffusion.objective import loss_of, patience_of
 from vismodal.diffusion.recipe import FREE, Recipe
 from vismodal.diffusion.results import write_results
+from vismodal.diffusion.subjects import classes_of, content_of, read_subjects
 from vismodal.ema import Ema, wearing
 from vismodal.optimizers import optimizer_for
 from vismodal.paths import asset
@@ -36,7 +39,7 @@ from vismodal.train import Plan, fit
 
 @dataclass(frozen=True)
 class Config(Recipe):
-    """Teach Stable Diffusion 1, 2, XL or 3, Flux or PixArt a subject from a few photos (DreamBooth with LoRA)."""
+    """Teach Stable Diffusion 1, 2, XL or 3, Flux or PixArt a subject, or several, from a few photos (DreamBooth)."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +61,14 @@ def main(config: Config) -> Result:
 def run(config: Config) -> Result:
     """`main` for settings that are filled in."""
     plan = Plan(known(config.steps), config.accumulate, config.seed, known(config.schedule), config.warmup, config.clip)
-    photos = runs.read_and_tell(config.photos or subject_folder(), config.resolution, config.captions, config.masks)
+    subjects = read_subjects(config)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
     pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)
     prepare(pipe, config.zero_snr, config.base == "int8")
     config = fitted(config, pipe)
-    prompts = prompts_for(photos, known(config.prompt), config.subject)
-    warn_of_long(pipe, [*prompts, *config.sample_prompts])
     adapter = adapt(config, pipe)
     optimizer = optimizer_for(config.optimizer, adapter.groups(known(config.learning_rate), config.weight_decay))
+    warn_of_long(pipe, [*(prompt for shown in subjects for prompt in shown.prompts), *config.sample_prompts])
     config = replace(config, output=runs.claim(config.output, "dreambooth", config.resume, accelerator))
     output = known(config.output)  # until here nothing was written: bad input leaves no trace
 
@@ -76,10 +78,9 @@ def run(config: Config) -> Result:
     with accelerator.main_process_first(), adapter.disabled():  # the others find what the first process makes
         if accelerator.is_main_process and not config.resume:
             runs.save_config(config, output)
-        class_photos = class_images(config, draw) if config.prior and config.prior_by != "photos" else []
+        classes = classes_of(config, subjects, draw)
         sample(0)
-    content = {"photos": runs.digest(photos), "class_photos": runs.digest(class_photos), **runs.bases(adapter)}
-    same = runs.identity(config, FREE, **content)
+    same = runs.identity(config, FREE, **content_of(config, subjects, classes), **runs.bases(adapter))
     checkpoints = Checkpoints(output / "checkpoints", same, config.save_every, config.keep)
     checkpoints.check(plan.steps)
     if accelerator.is_main_process:
@@ -87,7 +88,7 @@ def run(config: Config) -> Result:
     accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(adapter.modules)} sites, into {output}")
     ema = Ema(adapter, config.ema) if config.ema else None
     outcome = fit(
-        loss_of(config, pipe, adapter, photos, prompts, class_photos),
+        loss_of(config, pipe, adapter, subjects, classes),
         adapter,
         optimizer,
         plan=plan,
@@ -100,13 +101,13 @@ def run(config: Config) -> Result:
             *([Track(accelerator, "dreambooth", same)] if config.track else []),
         ],
         ema=ema,
-        patience=patience_of(config, photos),
+        patience=patience_of(config, subjects),
     )
     if outcome.stopped:
         again = runs.resume_command("dreambooth", output)
         accelerator.print(f"stopped after step {outcome.step} of {plan.steps}; go on with: {again}")
     elif accelerator.is_main_process:
-        wearing(ema, write_results)(config, pipe, sample, adapter, photos)
+        wearing(ema, write_results)(config, pipe, sample, adapter, subjects)
     return Result(output, outcome.step, outcome.stopped)
 
 

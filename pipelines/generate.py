@@ -114,7 +114,7 @@ def main(config: Config) -> Result:
         shelf = Shelf(pipe, files)
         requests = [Request(prompt, seed, uses) for prompt, uses in texts for seed in config.seeds]
         for request in requests:  # what does not fit is told before anything is drawn
-            shelf.row(request.uses)
+            shelf.spell(request.prompt, request.uses)
         base = fingerprint(kind_of(pipe).model(pipe))
         theirs = Fingerprint(base.name, *before.base) if before else base
         if theirs.shapes != base.shapes or not theirs.same_values(base):

@@ -28,6 +28,8 @@ from vismodal.site import Site
 VIT = BY_NAME["timm-vit_tiny_patch16_224"]
 CLIP = BY_NAME["classifier-clip"]
 UNET = BY_NAME["diffusers-SD1.5"]
+TEXT = BY_NAME["transformers-CLIPText"]
+MODELS = (VIT, CLIP, UNET, TEXT)
 
 
 def quantise(model: nn.Module) -> nn.Module:
@@ -74,11 +76,11 @@ def is_bare(model: nn.Module) -> bool:
 def case_of(name: str) -> Case:
     """A model with quantised layers that the method claims."""
     claims = METHODS[name].claims
-    return next(c for c in (VIT, CLIP, UNET) if any(fnmatchcase(c.name, glob) for glob in claims))
+    return next(c for c in MODELS if any(fnmatchcase(c.name, glob) for glob in claims))
 
 
 def test_torchao_quantises_these_models_and_no_more_than_linear_layers() -> None:
-    for case in (VIT, CLIP, UNET):
+    for case in MODELS:
         model = int8(case)
         owners = {type(m) for m in model.modules() for p in m._parameters.values() if p is not None and is_quantised(p)}
         assert owners and all(issubclass(owner, nn.Linear) for owner in owners)

@@ -24,6 +24,7 @@ from vismodal.diffusion.denoise import Masks, Pictures, Prompts, Weights, denois
 from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline, prepare
 from vismodal.diffusion.processes import process_of
+from vismodal.diffusion.recipe import Subject
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.errors import InputError
 from vismodal.quantised import is_quantised
@@ -429,3 +430,14 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(models, photo
     assert "prior_by" in refused("--prior_by", "nothing")
     assert "its weight is 0; write --prior 1" in refused("--prior_by", "photos")
     assert not (tmp_path / "out").exists()
+
+
+def test_several_subjects_with_new_words_keep_their_classes_by_their_photos(models, photos, tmp_path):
+    """Two subjects in buckets, whose classes are what the base says of their photos: no change yet, then some."""
+    other = photo_folder(tmp_path / "cat", 3)
+    subjects = (Subject(photos, PROMPT, "sks"), Subject(other, "a photo of zwx cat", "zwx"))
+    several = replace(settings(models["sdxl"], photos, tmp_path / "out"), photos=None, prompt=None, subjects=subjects)
+    options = {"tokens": ("sks", "zwx"), "buckets": True, "masks": True, "ema": 0.9, "caption_dropout": 0.2}
+    dreambooth.main(replace(several, prior=1.0, prior_by="photos", **options))
+    rows = read_log(tmp_path / "out" / "metrics.jsonl")
+    assert rows[0]["class"] < 1e-8 < 1e-6 < rows[-1]["class"] < 0.1 and not (tmp_path / "out/class").exists()

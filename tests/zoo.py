@@ -418,6 +418,13 @@ METHODS: dict[str, Trial] = {
     "SparseMask": Trial(lambda m: vm.SparseMask(sites=offered(m, LORA_KINDS), density=0.05, **SMALLEST)),
 }
 
+METHODS |= {  # on text encoders alone; these ids are in the texts that they are given
+    "TextualInversion": Trial(
+        lambda m: vm.TextualInversion(words=("sks",), vectors=(2,), ids=(18, 35)),
+        ("transformers-CLIP*", "transformers-SigLIP"),
+    ),
+}
+
 METHODS |= {  # on classifiers alone
     "CoOp": Trial(lambda m: vm.CoOp(tokens=2), ("classifier*",)),
     "CoOpPerClass": Trial(lambda m: vm.CoOp(words="a photo", per_class=True), ("classifier*",)),

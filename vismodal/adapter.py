@@ -148,7 +148,7 @@ class Adapter:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        fixed = [type(m).__name__ for m in self.methods.values() if not m.interpolates]
+        fixed = [type(m).__name__ for m in self.methods.values() if not (m.interpolates or m.whole)]
         if fixed and scale not in (0, 1):
             raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
@@ -220,16 +220,20 @@ class Adapter:
     # -- training --
 
     def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: by the methods' own learning rates, no decay for vectors and scalars."""
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        """Parameter groups for an optimiser: by the methods' own learning rates, no decay for vectors and scalars.
+
+        A group that learns for a while only says so: `vismodal.train.fit` has its rate at zero from update "last" on.
+        """
+        groups: dict[tuple[float, int | None, bool], list[nn.Parameter]] = {}
         for key, module in self._all_modules().items():
             method = self.methods[key.partition("/")[0]]
             for name, p in module.named_parameters():
                 if p.requires_grad:
-                    groups.setdefault((method.rate(name), p.dim() > 1), []).append(p)
+                    groups.setdefault((method.rate(name), method.last(name), p.dim() > 1), []).append(p)
         return [
             {"params": params, "lr": lr * rate, "weight_decay": weight_decay if decays else 0.0}
-            for (rate, decays), params in groups.items()
+            | ({} if last is None else {"last": last})
+            for (rate, last, decays), params in groups.items()
         ]
 
     def _by_method(self) -> Iterator[tuple[Method, list[nn.Module]]]:

@@ -106,6 +106,8 @@ def save_config(config: DataclassInstance, folder: Path) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 

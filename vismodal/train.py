@@ -201,7 +201,7 @@ class _Run:
         self.optimizer.zero_grad()
         rate = self.plan.rate(self.step)
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate
+            group["lr"] = base * rate if self.step < group.get("last", self.plan.steps) else 0.0
         totals = self._share(self._backward())
         if self.step == self.first or self.dead:
             self._check_alive()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import vismodal as vm
 from vismodal.checkpoint import described, read, restore
 from vismodal.diffusion.kinds import Pipe, kind_of
+from vismodal.diffusion.words import marked, teach, words_of
 from vismodal.errors import InputError
 from vismodal.resume import adapter_of
 
@@ -96,9 +97,10 @@ class Shelf:
 
     def __init__(self, pipe: Pipe, files: Mapping[str, AdapterFile]) -> None:
         kind = kind_of(pipe)
-        self.files, self.denoiser = files, kind.denoiser
+        self.pipe, self.files, self.denoiser = pipe, files, kind.denoiser
         self.models: dict[str, nn.Module] = {kind.denoiser: kind.model(pipe), **kind.readers(pipe)}
         self.there: dict[Use, str] = {}
+        self.words: dict[str, tuple[str, ...]] = {}  # the new words of each that is attached
 
     def row(self, uses: Sequence[Use]) -> tuple[str, ...]:
         """The names for `vm.route`, in the order given; what has strength 0 is left out.
@@ -110,6 +112,20 @@ class Shelf:
             if [u.name for u in uses].count(use.name) > 1:
                 raise InputError(f"the adapter {use.name!r} is named twice in one prompt")
         return tuple(self._attached(use) for use in uses if use.strength)
+
+    def spell(self, prompt: str, uses: Sequence[Use]) -> str:
+        """The prompt for a row of these adapters: their new words in it are marked as theirs.
+
+        Raises `InputError` for a word that two of them have.
+        """
+        row = self.row(uses)
+        words = [word.lower() for name in row for word in self.words[name]]
+        if twice := [word for word in words if words.count(word) > 1]:
+            named = " and ".join(use.name for use in uses)
+            raise InputError(f"{named} both have the new word {twice[0]!r}; use one of them in a prompt")
+        for name in row:
+            prompt = marked(prompt, self.words[name], name)
+        return prompt
 
     def _attached(self, use: Use) -> str:
         if use not in self.there:
@@ -132,6 +148,8 @@ class Shelf:
         except InputError as error:
             adapter.detach()
             raise InputError(f"{file.path}: {error}") from None
+        teach(self.pipe, adapter)
+        self.words[adapter.name] = words_of(adapter)
         vm.use(self.models)
         return adapter.name
 

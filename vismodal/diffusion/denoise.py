@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -41,6 +41,14 @@ class Masks:
 
     images: Sequence[Image.Image | None]
     floor: float = 0.0
+
+
+class Reading(Protocol):
+    """An endless reading of rows."""
+
+    name: str
+
+    def draw(self, micro: Micro, place: int) -> Row: ...
 
 
 class Pictures:
@@ -140,6 +148,21 @@ class Pictures:
         return encode_images(self.pipe, (image.flip(-1) if mirrored else image)[None])
 
 
+class Mixed:
+    """Several readings as one: of as many rows in a row as there are readings each gives one, in an order drawn by key.
+
+    It is the same order for every name, so that subjects and their classes come together.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Reading]) -> None:
+        self.name, self.parts = name, parts
+
+    def draw(self, micro: Micro, place: int) -> Row:
+        """The row at one place of the reading."""
+        part = shuffled(micro.seed, "subject", len(self.parts), place)
+        return self.parts[part].draw(micro, place // len(self.parts))
+
+
 class Prompts:
     """Prompts as the denoiser's text arguments: encoded once each where the encoders are frozen, else every time."""
 
@@ -206,7 +229,7 @@ Base = Callable[[], AbstractContextManager[None]]  # within it a model is as it 
 
 
 def denoising(
-    pipe: Pipe, sets: Sequence[Pictures], prompts: Prompts, batch: int, weights: Weights, base: Base | None = None
+    pipe: Pipe, sets: Sequence[Reading], prompts: Prompts, batch: int, weights: Weights, base: Base | None = None
 ) -> Callable[[Micro], Mapping[str, Tensor]]:
     """The loss of a micro-batch with `batch` rows of the first set and, with a prior, as many of the second one.
 

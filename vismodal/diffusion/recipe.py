@@ -13,6 +13,25 @@ from vismodal.train import Schedule
 
 
 @dataclass(frozen=True)
+class Subject:
+    """One of several subjects.
+
+    Args:
+        photos: folder with a few photos of it.
+        prompt: what a photo shows, with the subject's word in it.
+        subject: that word, another one for each subject.
+        class_prompt: prompt of its class images; without it, the prompt without the subject's word.
+        class_folder: where they are found, or made and kept; without it, a folder in the output for each class prompt.
+    """
+
+    photos: Path
+    prompt: str
+    subject: str = "sks"
+    class_prompt: str | None = None
+    class_folder: Path | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """What is learnt, by which model, and where the results go.
 
@@ -21,6 +40,8 @@ class Task:
             Without it, the six drawings of a robot that come with vismodal.
         prompt: what a photo shows, with the subject's word in it, such as "a photo of sks dog".
         subject: the word in the prompt that stands for the subject; a rare one, so that it means nothing else yet.
+        subjects: several at once instead, each with its own photos, prompt, subject, and if wanted class_prompt and
+            class_folder: '[{"photos": "rex", "prompt": "a photo of sks dog", "subject": "sks"}, ...]', or in a config.
         model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
         output: folder for the results. Without it, the next free runs/dreambooth-N.
         resume: go on with the run in `output`; to the bit what it would have become without the stop.
@@ -29,6 +50,7 @@ class Task:
     photos: Path | None = None
     prompt: str | None = None
     subject: str = "sks"
+    subjects: tuple[Subject, ...] = ()
     model: str | None = None
     output: Path | None = None
     resume: bool = False
@@ -78,21 +100,35 @@ class Adaptation:
     """What is trained.
 
     Args:
+        method: any that `vm.methods()` lists, as in "dora" or "loha(rank=4)"; or none, for new tokens alone (textual
+            inversion). Without it, LoRA with the rank, alpha and dropout below. Its sites, where and layers are those
+            in the UNet or transformer.
         train_text_encoder: adapt the CLIP text encoders too.
-        sites: where LoRA attaches in the UNet or transformer: attention, +ff, +conv (each with those before it), all;
-            or kinds of sites, which `vm.sites(unet)` lists. Without it, attention, and with the embedded model +conv.
+        sites: where the method attaches in the UNet or transformer: attention, +ff, +conv (each with those before it),
+            all; or kinds of sites, which `vm.sites(unet)` lists. Without it, attention, and with the embedded model
+            +conv; and of methods that have places of their own these.
         text_sites: where it attaches in the text encoders.
         rank: inner dimension of LoRA.
         alpha: LoRA acts with alpha / rank; without it, with 1.
         dropout: probability of dropping LoRA's inputs while training.
+        tokens: words of the prompts that become new tokens of the CLIP text encoders, such as sks, or sks:4 with four
+            vectors; with LoRA that is pivotal tuning, with --method crossattention Custom Diffusion.
+        token_init: words that they begin as, one for each or one for all, such as dog; without it, as they are read.
+        token_learning_rate: of the new tokens.
+        token_steps: the step after which they stay as they are, if any.
     """
 
+    method: str | None = None
     train_text_encoder: bool = False
     sites: tuple[str, ...] | None = None
     text_sites: tuple[str, ...] = ("attn.*",)
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
+    tokens: tuple[str, ...] = ()
+    token_init: tuple[str, ...] = ()
+    token_learning_rate: float = 5e-3
+    token_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -202,9 +238,9 @@ BY_MODEL = {
     "guidance": (None, 4.0),  # None: by the kind of model
 }
 
-# What may change between a stop and its resume, since it does not touch what the adapter becomes; or (photos, model,
-# class_folder) because the content is compared, not the place; or (steps) because a resume may extend a run.
+# What may change between a stop and its resume, since it does not touch what the adapter becomes; or (photos, subjects,
+# model, class_folder) because the content is compared, not the place; or (steps) because a resume may extend a run.
 FREE = {
-    "photos", "model", "output", "resume", "class_folder", "steps", "gradient_checkpointing", "cache", "sample_every",
-    "save_every", "keep", "threads", "track",
+    "photos", "subjects", "model", "output", "resume", "class_folder", "steps", "gradient_checkpointing", "cache",
+    "sample_every", "save_every", "keep", "threads", "track",
 }  # fmt: skip

@@ -124,7 +124,7 @@ def draw(
         with vm.route(shelf.models, rows[start : start + batch]):
             images += generate(
                 pipe,
-                [request.prompt for request in part],
+                [shelf.spell(request.prompt, request.uses) for request in part],
                 [request.seed for request in part],
                 size=manner.size,
                 steps=manner.steps,

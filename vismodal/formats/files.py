@@ -120,7 +120,11 @@ def _named(found: Tokens, token: str | None) -> Tokens:
 def _read_own(tensors: dict[str, Tensor], header: dict[str, str], base: Base | None) -> Contents:
     if header["vismodal"] != FORMAT:
         raise InputError(f"it has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    attached = [from_json(config) for config in json.loads(header["methods"]).values()]
+    slots = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+    found_tokens, tensors = own.tokens_of(slots, tensors)
+    attached = [method for slot, method in slots.items() if any(key.startswith(f"{slot}/") for key in tensors)]
+    if not attached:
+        return Contents("vismodal", tokens=found_tokens, header=header)
     prefixes = list(json.loads(header["base"]))
     components = ["unet"] if prefixes == [""] else prefixes
     if unknown := [p for p in components if p not in COMPONENTS]:
@@ -131,7 +135,7 @@ def _read_own(tensors: dict[str, Tensor], header: dict[str, str], base: Base | N
     found = models(base, components, weights=values)
     adapter = adapt({"": found["unet"]} if prefixes == [""] else found, attached, "convert", seed=0)
     fill(adapter, tensors)
-    return Contents("vismodal", layers_of(adapter), header=header)
+    return Contents("vismodal", layers_of(adapter), found_tokens, header=header)
 
 
 def fill(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
@@ -171,7 +175,7 @@ def _of_unet(key: str) -> str:
 
 def contents_of(adapter: Adapter) -> Contents:
     """A live adapter, to be written by `write_file`."""
-    return Contents("vismodal", layers_of(adapter))
+    return Contents("vismodal", layers_of(adapter), own.tokens_of(adapter.methods, adapter.state_dict())[0])
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, 
     layers, found = contents.layers, contents.tokens
     if not layers and to in ("diffusers", "kohya"):
         return (tokens.write_diffusers if to == "diffusers" else tokens.write_webui)(found), {"format": "pt"}
-    if found and to != "kohya":
+    if found and to not in ("kohya", "vismodal"):
         raise InputError(
             f"{to} keeps no tokens in an adapter's file, and here are {some(found)}; "
             "write --only adapter, and again --only tokens --to diffusers"
@@ -216,7 +220,7 @@ def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, 
     base = base or _base(contents)
     if to == "kohya":
         return kohya.write(layers, found, base.kind, base.n)
-    return _write_own(layers, base)
+    return _write_own(layers, found, base)
 
 
 def _base(contents: Contents) -> Base:
@@ -238,12 +242,12 @@ def only(contents: Contents, part: str | None) -> Contents:
     return left
 
 
-def _write_own(layers: Layers, base: Base) -> tuple[dict[str, Tensor], dict[str, str]]:
-    components = list(dict.fromkeys(module.partition(".")[0] for module in layers))
+def _write_own(layers: Layers, words: Tokens, base: Base) -> tuple[dict[str, Tensor], dict[str, str]]:
+    components = [*(module.partition(".")[0] for module in layers), *(e for rows in words.values() for e in rows)]
     values = any("diff" in layer or "w_norm" in layer for layer in layers.values())
     found = models(base, [c for c in COMPONENTS if c in components], weights=values)
     sites = [s for prefix, m in found.items() for s in discover(m, table(m), prefix)]
-    chosen = methods.methods_for(layers, sites)
+    chosen = [*methods.methods_for(layers, sites), *own.words_for(words, sites)]
     adapter = adapt(found, [method for method, _ in chosen], "convert", seed=0)
     tensors: dict[str, Tensor] = {}
     for slot, (_, by_site) in zip(adapter.methods, chosen, strict=True):

@@ -33,6 +33,7 @@ from vismodal.methods.selective import BitFit, CrossAttention, LinearProbe, Norm
 from vismodal.methods.sidetuning import SideTuning
 from vismodal.methods.sparse import SparseMask
 from vismodal.methods.ssf import SSF
+from vismodal.methods.textualinversion import TextualInversion
 from vismodal.methods.tipadapter import TipAdapter
 from vismodal.methods.tune import Tune
 from vismodal.methods.unipelt import UniPELT
@@ -45,7 +46,7 @@ METHODS: tuple[type[Method], ...] = (
     LoHa, LoKr, FacT, OFT, BOFT,
     SideTuning, Ladder, ResTuningBypass, DTL,
     DoRA, PiSSA, VeRA, AdaLoRA, DyLoRA, IA3, SSF, BitFit, NormTuning, CrossAttention, LinearProbe, SparseMask,
-    CoOp, CoCoOp, MaPLe, IVLP, PromptSRC, CLIPAdapter, TipAdapter,
+    CoOp, CoCoOp, MaPLe, IVLP, PromptSRC, CLIPAdapter, TipAdapter, TextualInversion,
 )  # fmt: skip
 
 __all__ = [
@@ -89,6 +90,7 @@ __all__ = [
     "ResTuningBypass",
     "SideTuning",
     "SparseMask",
+    "TextualInversion",
     "TipAdapter",
     "Tune",
     "UniPELT",

@@ -56,8 +56,10 @@ class SpanModule(nn.Module):
     accumulated in it. A module whose method lets it take no part just now says so by an attribute `idle`, and is not
     dead then. The key "extra" holds how many tokens other modules have joined to the stream before, "aside" a
     function that runs a module of the span on tensors of one's own: `context["aside"]("normed", prompts)`. Adapted
-    weights take part in that, spans do not.
+    weights take part in that, spans do not. A module that is `whole` acts in full at every scale but 0.
     """
+
+    whole: ClassVar[bool] = False
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
         """The stream where the span begins -> what the model goes on with."""
@@ -110,6 +112,7 @@ class Method:
     paper: ClassVar[str]
     mergeable: ClassVar[bool]
     interpolates: ClassVar[bool] = True  # whether scales between 0 and 1 mean something
+    whole: ClassVar[bool] = False  # if they mean nothing: whether they may be asked for all the same, of methods beside
     starts_at_base: ClassVar[bool] = True  # whether the output is the base's until something is learnt
     elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = ()  # sites that are the method where a model lacks the default
     quantised: ClassVar[bool] = True  # whether it acts where the base's weights are quantised
@@ -161,6 +164,10 @@ class Method:
     def rate(self, tensor: str) -> float:
         """A factor on the learning rate of a tensor, by its name in the module ("B")."""
         return 1.0
+
+    def last(self, tensor: str) -> int | None:
+        """The update after which a tensor stays as it is; None where it learns to the end."""
+        return None
 
     def calibrating(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """In which batches run forward and backward before training, for a method that chooses by their gradients."""

@@ -53,6 +53,7 @@ class SpanPort(Port):
         self.stood: dict[str, dict[str, Any]] = {}  # by module: what its __dict__ held before other values stood in
         self.open: Opened | None = None
         self.left: Opened | None = None  # what the last forward had open, of a span over several blocks
+        self.passing = False  # while the model's own call is none to act on: its rows go through it in parts
 
     @property
     def order(self) -> tuple[bool, int]:
@@ -87,7 +88,7 @@ class SpanPort(Port):
         return self.left if self.over_blocks and recomputing() else self.open
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
-        if self.stream.aside:
+        if self.stream.aside or self.passing:
             return None
         self.recompute.check(self.state)
         again = recomputing()
@@ -113,6 +114,14 @@ class SpanPort(Port):
         for _, span_module, context in opened:
             self._stand("enter", module, span_module.values(module, context))
         return (args, {**kwargs, name: x}) if name is not None else ((x, *args[1:]), kwargs)
+
+    def around(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of a module with what this port does before and after the module's calls, which hooks do there."""
+        if self.modules["enter"] is module:
+            args, kwargs = self._enter(module, args, kwargs) or (args, kwargs)
+        out = forward(*args, **kwargs)
+        changed = self._exit(module, args, out) if self.modules["exit"] is module else None
+        return out if changed is None else changed
 
     def feed(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The input of the tapped module `name`, as the open modules leave it."""
@@ -182,7 +191,7 @@ class SpanPort(Port):
 
     def _back(self, opened: Opened, y: Tensor) -> Tensor:
         for group, module, context in reversed(opened):
-            y = _between(y, module.exit(y, context), group.scale)
+            y = _between(y, module.exit(y, context), 1 if module.whole else group.scale)
         return y
 
     def tap(self, name: str, out: Any) -> Any:
