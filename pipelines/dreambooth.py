@@ -18,19 +18,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from vismodal import runs
 from vismodal.callbacks import Every, Progress, Track
 from vismodal.diffusion.adapting import adapt
 from vismodal.diffusion.checks import checked, fitted
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.generate import Samples, generate
-from vismodal.diffusion.load import load_pipeline
-from vismodal.diffusion.objective import loss_of
+from vismodal.diffusion.load import load_pipeline, prepare
+from vismodal.diffusion.objective import loss_of, patience_of
 from vismodal.diffusion.recipe import FREE, Recipe
 from vismodal.diffusion.results import write_results
-from vismodal.diffusion.subjects import class_images, content_of, read_subjects
+from vismodal.diffusion.subjects import classes_of, content_of, read_subjects
+from vismodal.ema import Ema, wearing
+from vismodal.optimizers import optimizer_for
 from vismodal.paths import asset
 from vismodal.resume import Checkpoints
 from vismodal.runs import known
@@ -64,8 +64,10 @@ def run(config: Config) -> Result:
     subjects = read_subjects(config)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
     pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)
+    prepare(pipe, config.zero_snr, config.base == "int8")
     config = fitted(config, pipe)
     adapter = adapt(config, pipe)
+    optimizer = optimizer_for(config.optimizer, adapter.groups(known(config.learning_rate), config.weight_decay))
     warn_of_long(pipe, [*(prompt for shown in subjects for prompt in shown.prompts), *config.sample_prompts])
     config = replace(config, output=runs.claim(config.output, "dreambooth", config.resume, accelerator))
     output = known(config.output)  # until here nothing was written: bad input leaves no trace
@@ -76,7 +78,7 @@ def run(config: Config) -> Result:
     with accelerator.main_process_first(), adapter.disabled():  # the others find what the first process makes
         if accelerator.is_main_process and not config.resume:
             runs.save_config(config, output)
-        classes = class_images(config, draw) if config.prior else []
+        classes = classes_of(config, subjects, draw)
         sample(0)
     same = runs.identity(config, FREE, **content_of(config, subjects, classes), **runs.bases(adapter))
     checkpoints = Checkpoints(output / "checkpoints", same, config.save_every, config.keep)
@@ -84,25 +86,28 @@ def run(config: Config) -> Result:
     if accelerator.is_main_process:
         runs.save_config(config, output)
     accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(adapter.modules)} sites, into {output}")
+    ema = Ema(adapter, config.ema) if config.ema else None
     outcome = fit(
-        loss_of(config, pipe, subjects, classes),
+        loss_of(config, pipe, adapter, subjects, classes),
         adapter,
-        torch.optim.AdamW(adapter.groups(known(config.learning_rate), config.weight_decay)),
+        optimizer,
         plan=plan,
         accelerator=accelerator,
         checkpoints=checkpoints,
         log=output / "metrics.jsonl",
         callbacks=[
             Progress(),
-            Every(config.sample_every, sample),
+            Every(config.sample_every, wearing(ema, sample)),
             *([Track(accelerator, "dreambooth", same)] if config.track else []),
         ],
+        ema=ema,
+        patience=patience_of(config, subjects),
     )
     if outcome.stopped:
         again = runs.resume_command("dreambooth", output)
         accelerator.print(f"stopped after step {outcome.step} of {plan.steps}; go on with: {again}")
     elif accelerator.is_main_process:
-        write_results(config, pipe, sample, adapter, subjects)
+        wearing(ema, write_results)(config, pipe, sample, adapter, subjects)
     return Result(output, outcome.step, outcome.stopped)
 
 

@@ -30,6 +30,7 @@ from vismodal.diffusion.control import Picture, read_conditions
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.processes import sample_as_trained
 from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts, usual
 from vismodal.diffusion.settings import (
     Given,
@@ -117,6 +118,7 @@ def main(config: Config) -> Result:
     with runs.cpu_threads(known(config.threads)):
         files = read_adapters(config.adapters)
         pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, Accelerator().device)
+        sample_as_trained(pipe, [file.header for file in files.values()])
         manner = Manner.fitting(pipe, config.resolution, known(config.steps), config.guidance, known(config.negative))
         config = replace(config, resolution=manner.size, guidance=manner.guidance)
         for_all = uses_of(config, files, before)

@@ -298,7 +298,7 @@ def test_rows_of_several_subjects_keep_picture_and_prompt_together(settings, tmp
     seen: list[tuple[list[str], list[float]]] = []
     real = dreambooth.loss_of.__globals__["denoising"]
 
-    def spied(pipe, sets, prompts, batch, weights):
+    def spied(pipe, sets, prompts, batch, weights, base):
         means: list[torch.Tensor] = []
         encode = type(pipe.vae).encode
         said: list[list[str]] = []
@@ -313,7 +313,7 @@ def test_rows_of_several_subjects_keep_picture_and_prompt_together(settings, tmp
             return predict(kind, pipe, noisy, time, texts, frames)
 
         monkeypatch.setattr(type(kind), "predict", watched)
-        return real(pipe, sets, lambda given: said.append(list(given)) or prompts(given), batch, weights)
+        return real(pipe, sets, lambda given: said.append(list(given)) or prompts(given), batch, weights, base)
 
     monkeypatch.setitem(dreambooth.loss_of.__globals__, "denoising", spied)
     several = replace(settings, photos=None, prompt=None, subjects=both, tokens=("sks", "<cat>"), prior=1.0)

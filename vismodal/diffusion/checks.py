@@ -26,6 +26,8 @@ def checked(config: Chosen) -> Chosen:
         raise InputError(f'the prompt is missing; write what the photos show, such as --prompt "{PHOTO}"')
     check_adaptation(config)
     embedded = config.model is None
+    if config.learning_rate is None and config.optimizer == "prodigy":
+        config = replace(config, learning_rate=1.0)
     config = replace(config, threads=config.threads or (1 if embedded else torch.get_num_threads()))
     unset = {name: values[embedded] for name, values in BY_MODEL.items() if getattr(config, name) is None}
     if has_own_places(config):
@@ -36,9 +38,19 @@ def checked(config: Chosen) -> Chosen:
     runs.at_least(config, 0, "prior", "min_snr", "offset_noise", "sample_every", "save_every", "learning_rate")
     if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
         raise InputError(f"resolution must be a multiple of 8, not {config.resolution}")
+    check_shares(config)
     if config.tokens:
         check_tokens(config)
     return config
+
+
+def check_shares(config: Recipe) -> None:
+    """Raises `InputError` for shares and decays that are none, and for a manner of keeping the class with no weight."""
+    for name in ("caption_dropout", "mask_floor", "ema"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 0 and less than 1, not {getattr(config, name)}")
+    if config.prior_by != "images" and not config.prior:
+        raise InputError(f"prior_by {config.prior_by} says how the class is kept, but its weight is 0; write --prior 1")
 
 
 def checked_subject(config: Chosen) -> Chosen:

@@ -104,9 +104,11 @@ def fill_folder(
     Whoever finds them and whoever makes them reads the same: the files are lossless, seeds depend on numbers alone,
     and batches always hold the same numbers, also after a run that was stopped in between.
     """
+    from vismodal.data.masks import is_mask
     from vismodal.data.photos import SUFFIXES
 
-    own = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("generated-")]
+    there = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not is_mask(p)]
+    own = [p for p in there if not p.name.startswith("generated-")]
     names = [folder / f"generated-{i:05d}.png" for i in range(max(0, count - len(own)))]
     made = 0
     missing = [

@@ -7,8 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
-from vismodal.diffusion.denoise import Mixed, Pictures, Prompts, Reading, Weights, denoising
-from vismodal.diffusion.kinds import Pipe
+import vismodal as vm
+from vismodal.diffusion.denoise import Masks, Mixed, Pictures, Prompts, Reading, Weights, denoising
+from vismodal.diffusion.kinds import Pipe, kind_of
 from vismodal.diffusion.recipe import Recipe
 from vismodal.diffusion.subjects import Shown
 from vismodal.runs import known
@@ -20,20 +21,35 @@ def weights_of(config: Recipe) -> Weights:
 
 
 def loss_of(
-    config: Recipe, pipe: Pipe, subjects: Sequence[Shown], classes: Sequence[Shown]
+    config: Recipe, pipe: Pipe, adapter: vm.Adapter, subjects: Sequence[Shown], classes: Sequence[Shown]
 ) -> Callable[[Micro], Mapping[str, Tensor]]:
-    """The loss of a micro-batch, over the subjects' photos and, with a prior, as many images of their classes."""
+    """The loss of a micro-batch, over the subjects' photos and, with a prior, as many pictures of their classes."""
     size, crop, flip, cache = known(config.resolution), config.crop, config.flip, config.cache
-    pictures = partial(Pictures, pipe, size=size, crop=crop, flip=flip, cache=cache)
+    grid = kind_of(pipe).grid(pipe) if config.buckets else None
+    pictures = partial(Pictures, pipe, size=size, crop=crop, flip=flip, cache=cache, grid=grid)
 
-    def reading(name: str, shown: Sequence[Shown]) -> Reading:
-        names = [name] if len(shown) == 1 else [f"{name} {i}" for i in range(len(shown))]
-        each = [
-            pictures(n, [p.image for p in s.photos], s.prompts, sizes=[p.size or p.image.size for p in s.photos])
-            for n, s in zip(names, shown, strict=True)
-        ]
+    def reading(name: str, shown: Sequence[Shown], learnt: bool) -> Reading:
+        each = []
+        for i, s in enumerate(shown):
+            images, sizes = [p.image for p in s.photos], [p.size or p.image.size for p in s.photos]
+            masks = Masks([p.mask for p in s.photos], config.mask_floor) if learnt and is_masked([s]) else None
+            drop = config.caption_dropout if learnt else 0.0
+            one = name if len(shown) == 1 else f"{name} {i}"
+            each.append(pictures(one, images, s.prompts, sizes=sizes, masks=masks, drop=drop))
         return Mixed(name, each) if len(each) > 1 else each[0]
 
-    sets = [reading("instance", subjects), *([reading("class", classes)] if config.prior else [])]
+    sets = [reading("instance", subjects, True), *([reading("class", classes, False)] if config.prior else [])]
     encode = Prompts(pipe, cache=cache and not config.train_text_encoder and not config.tokens)
-    return denoising(pipe, sets, encode, known(config.batch), weights_of(config))
+    base = adapter.disabled if config.prior and config.prior_by != "images" else None
+    return denoising(pipe, sets, encode, known(config.batch), weights_of(config), base)
+
+
+def is_masked(subjects: Sequence[Shown]) -> bool:
+    """Whether a photo has a mask."""
+    return any(photo.mask for shown in subjects for photo in shown.photos)
+
+
+def patience_of(config: Recipe, subjects: Sequence[Shown]) -> int:
+    """Steps within which every site has to get a gradient: more than one where the loss of a step may say nothing to
+    some, by an empty prompt, a black mask, or the weight 0 of Min-SNR at no signal."""
+    return 20 if config.caption_dropout or config.zero_snr or is_masked(subjects) else 1

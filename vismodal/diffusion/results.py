@@ -11,6 +11,7 @@ from vismodal import runs
 from vismodal.diffusion.exports import export
 from vismodal.diffusion.generate import Samples
 from vismodal.diffusion.kinds import Pipe
+from vismodal.diffusion.processes import ZERO_SNR
 from vismodal.diffusion.recipe import PHOTO, Recipe
 from vismodal.diffusion.subjects import Shown, subjects_of
 from vismodal.diffusion.words import words_of
@@ -22,7 +23,7 @@ def write_results(config: Recipe, pipe: Pipe, sample: Samples, adapter: vm.Adapt
     """The adapter in our format and in others', and what people look at; then says what to do next."""
     output, steps, known_by = known(config.output), known(config.steps), subjects_of(config)
     told = {"prompt": known_by[0].prompt, "subject": ", ".join(each.subject for each in known_by)}
-    vm.save(adapter, output / "adapter.safetensors", told)
+    vm.save(adapter, output / "adapter.safetensors", told | ({ZERO_SNR: "true"} if config.zero_snr else {}))
     others = export(pipe, adapter, output)
     photos = [photo for turn in zip_longest(*(shown.photos for shown in subjects)) for photo in turn if photo]
     real = [report.square(photo.image, known(config.resolution)) for photo in photos[: config.sample_count]]

@@ -34,9 +34,19 @@ def read_subjects(config: Recipe) -> list[Shown]:
     """The photos of each subject, with their prompts."""
     found = []
     for subject in subjects_of(config):
-        photos = runs.read_and_tell(subject.photos, config.resolution, config.captions)
+        photos = runs.read_and_tell(subject.photos, config.resolution, config.captions, config.masks)
         found.append(Shown(photos, prompts_for(photos, subject.prompt, subject.subject)))
     return found
+
+
+def classes_of(config: Recipe, subjects: Sequence[Shown], generate: Generate) -> list[Shown]:
+    """What the classes are kept by, if they are: class images, or the photos once more with the class prompts."""
+    if not config.prior:
+        return []
+    if config.prior_by != "photos":
+        return class_images(config, generate)
+    said = [known(subject.class_prompt) for subject in subjects_of(config)]
+    return [Shown(s.photos, [prompt] * len(s.photos)) for s, prompt in zip(subjects, said, strict=True)]
 
 
 def class_images(config: Recipe, generate: Generate) -> list[Shown]:
@@ -57,7 +67,7 @@ def class_images(config: Recipe, generate: Generate) -> list[Shown]:
 def _filled(config: Recipe, folder: Path, prompt: str, generate: Generate) -> Shown:
     count = fill_folder(folder, config.class_images, lambda seeds: generate([prompt] * len(seeds), seeds), config.seed)
     print(f"class images of {prompt!r}: {count} made, the others found in {folder}")
-    photos = runs.read_and_tell(folder, config.resolution)
+    photos = runs.read_and_tell(folder, config.resolution, masks=False)
     return Shown(photos, [prompt] * len(photos))
 
 

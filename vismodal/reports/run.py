@@ -142,7 +142,8 @@ def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> 
     )
     lines = [f"| {key} | `{value}` |" for key, value in settings.items() if key not in _PRIVATE and value is not None]
     source = f'"{hub or f"path/to/{name}"}"' if model else 'vismodal.paths.asset("tiny-sd")'
-    alone = _ALONE.format(source=source, loading="\n".join(using.loading), prompt=prompt)
+    sampler = _ZERO_SNR if settings["zero_snr"] else ""
+    alone = _ALONE.format(source=source, sampler=sampler, loading="\n".join(using.loading), prompt=prompt)
     body = _CARD.format(
         subject=settings["subject"],
         prompt=prompt,
@@ -152,6 +153,7 @@ def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> 
         model=hub or name,
         source=source,
         alone=alone if using.loading else "",
+        sampler=sampler,
         parts=", ".join(f'"{part}": pipe.{part}' for part in using.parts),
         imported="\nfrom vismodal.diffusion.words import teach" if using.words else "",
         taught="\nteach(pipe, adapter)  # the new words" if using.words else "",
@@ -161,6 +163,13 @@ def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> 
 
 
 _PRIVATE = ("photos", "subjects", "model", "output", "resume", "class_folder", "track")  # places on this machine
+_ZERO_SNR = """\
+from diffusers import DDIMScheduler
+
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+)
+"""
 _CARD = """\
 # {method} for "{subject}"
 
@@ -176,7 +185,7 @@ import vismodal as vm
 from diffusers import DiffusionPipeline{imported}
 
 pipe = DiffusionPipeline.from_pretrained({source})
-adapter = vm.load({{{parts}}}, "adapter.safetensors"){taught}
+{sampler}adapter = vm.load({{{parts}}}, "adapter.safetensors"){taught}
 adapter.scale = 0.8
 image = pipe("{prompt}").images[0]
 ```
@@ -192,7 +201,7 @@ With diffusers alone:
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({source})
-{loading}
+{sampler}{loading}
 image = pipe("{prompt}").images[0]
 ```
 
