@@ -43,10 +43,11 @@ class Setting:
 
 SETTINGS = {
     "LoRA": Setting(lr=3e-3, options={"sites": WEIGHTS}),
-    "DoRA": Setting(options={"sites": WEIGHTS}),
+    "DoRA": Setting(lr=3e-3, options={"sites": WEIGHTS}),
     "LoHa": Setting(options={"sites": WEIGHTS}),
-    "LoKr": Setting(options={"sites": WEIGHTS}),
-    "OFT": Setting(options={"sites": WEIGHTS}),
+    "LoKr": Setting(lr=1e-2, options={"sites": WEIGHTS}),
+    "OFT": Setting(lr=1e-3, options={"sites": WEIGHTS}),
+    "AdaptFormer": Setting(lr=3e-3),
     "Tune": Setting(lr=3e-4, options={"sites": WEIGHTS}),  # all of the UNet's matrices: full fine-tuning
     "TextualInversion": Setting(lr=5e-3, parts=("text_encoder",)),
 }
