@@ -1,6 +1,6 @@
 """Optimisers by name: what their packages are given, how their state is kept, and what is said where they are missing.
 
-Neither bitsandbytes nor prodigyopt is needed: stand-ins take down what they are called with."""
+Stand-ins take down what the packages are called with, and keep state in ways of their own; prodigyopt runs for real."""
 
 import sys
 from pathlib import Path
@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_ema import tiny
 from torch.nn import functional as F
 
 from vismodal.errors import InputError
 from vismodal.optimizers import OptimizerName, optimizer_for
 from vismodal.resume import Checkpoints
+from vismodal.train import Plan, fit
 
 
 class StandIn(torch.optim.SGD):
@@ -90,3 +92,43 @@ def test_state_in_eight_bits_and_in_dicts_is_kept_exactly(packages: None, tmp_pa
     learn(range(2), save=True)
     again = learn(range(2, 4))
     assert all(torch.equal(t, again[name]) for name, t in whole.items())
+
+
+def test_prodigy_itself_resumes_exactly_and_leaves_alone_what_learns_no_more(tmp_path: Path) -> None:
+    """Against prodigyopt by hand; of a group whose rate is zero its own step would go on moving the parameters."""
+    prodigyopt = pytest.importorskip("prodigyopt")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def groups(adapter: Any) -> list[dict[str, Any]]:
+        return [group | ({} if i else {"last": 2}) for i, group in enumerate(adapter.groups(1.0, 0.01))]
+
+    def learn(steps: int, folder: Path) -> list[Any]:
+        model, adapter = tiny()
+        optimizer = optimizer_for("prodigy", groups(adapter))
+
+        def loss(micro: Any) -> dict[str, torch.Tensor]:
+            return {"loss": F.cross_entropy(model(x), torch.tensor([0, 1]))}
+
+        fit(loss, adapter, optimizer, plan=Plan(steps, clip=0), checkpoints=Checkpoints(folder, every=1, keep=9))
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    model, adapter = tiny()
+    given = groups(adapter)
+    by_hand = prodigyopt.Prodigy(
+        [dict(group) for group in given], lr=1.0, use_bias_correction=True, safeguard_warmup=True
+    )
+    for step in range(5):
+        by_hand.zero_grad()
+        F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+        for p in given[0]["params"] if step >= 2 else ():
+            p.grad = None
+        by_hand.step()
+    whole = learn(5, tmp_path / "whole")
+    learn(3, tmp_path / "cut")
+    expected = [p for group in given for p in group["params"]]
+    for ours, again, theirs in zip(whole, learn(5, tmp_path / "cut"), expected, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(again, theirs)
+    second, last = (load_file(tmp_path / f"whole/step-{n:07d}.safetensors") for n in (2, 5))
+    moved = {name for name, t in last.items() if name.startswith("adapter.") and not torch.equal(t, second[name])}
+    frozen = sum(p.numel() for p in given[0]["params"])
+    assert moved and sum(last[name].numel() for name in moved) == sum(p.numel() for p in expected) - frozen

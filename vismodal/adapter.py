@@ -261,7 +261,7 @@ class Adapter:
     def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: by the methods' own learning rates, no decay for vectors and scalars.
 
-        A group that learns for a while only says so: `vismodal.train.fit` has its rate at zero from update "last" on.
+        A group that learns for a while only says so: `vismodal.train.fit` leaves it as it is after update "last".
         """
         groups: dict[tuple[float, int | None, bool], list[nn.Parameter]] = {}
         for key, module in self._all_modules().items():
