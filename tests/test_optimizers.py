@@ -23,7 +23,7 @@ class StandIn(torch.optim.SGD):
     """Signed momentum in eight bits, kept in a dict within the state, as bitsandbytes keeps its own for FSDP."""
 
     def __init__(self, params: Any, **given: Any) -> None:
-        self.given = given
+        self.given, self.table = given, torch.linspace(-1, 1, 256)  # which all parameters share
         super().__init__(params, lr=given.get("lr", 0.1))
 
     @torch.no_grad()
@@ -31,7 +31,8 @@ class StandIn(torch.optim.SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    held = self.state[p].setdefault("quant", {"q": torch.zeros_like(p, dtype=torch.uint8), "n": 0})
+                    empty = {"q": torch.zeros_like(p, dtype=torch.uint8), "n": 0, "table": self.table}
+                    held = self.state[p].setdefault("quant", empty)
                     held["q"] = held["q"] + (p.grad > 0).to(torch.uint8)
                     held["n"] += 1
                     p.sub_(group["lr"] * 0.01 * (held["q"] - held["n"] / 2))
