@@ -169,6 +169,8 @@ def test_prompts_have_the_word_while_its_adapter_acts(model, tmp_path):
     assert len(type(plain).from_pretrained(tmp_path / "saved")) == len(plain)
     adapter.detach()
     assert pipe.tokenizer("a sks dog").input_ids == own and np.array_equal(drawn(pipe), base)
+    vm.adapt({"text_encoder": pipe.text_encoder}, vm.TextualInversion(words=("dog",)))  # another one of the same name
+    assert pipe.tokenizer("a sks dog").input_ids == own
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])

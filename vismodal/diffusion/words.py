@@ -136,7 +136,7 @@ def _acting(encoder: nn.Module, adapter: str, key: str, module: Vectors) -> Call
         attached = bank.attached.get(adapter) if bank else None
         if bank is None or attached is None or adapter not in bank.active:
             return False
-        if attached.modules.get(key) is not module:  # an adapter of the same name that came after it
+        if attached.modules.get(key) is not module:  # another adapter, which was given the name of a detached one
             return False
         return bool(attached.enabled and attached.scale and key not in attached.dropped)
 
