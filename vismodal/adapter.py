@@ -263,7 +263,7 @@ class Adapter:
 
         `lr` is for all methods, or one for each slot of `methods`: {"lora": 1e-3, "tune": 1e-4}; other slots raise
         `InputError`.
-        A group that learns for a while only says so: `vismodal.train.fit` has its rate at zero from update "last" on.
+        A group that learns for a while only says so: `vismodal.train.fit` leaves it as it is after update "last".
         """
         if isinstance(lr, Mapping) and lr.keys() != self.methods.keys():
             raise InputError(f"learning rates are for {', '.join(self.methods)}, each of them; not {', '.join(lr)}")
