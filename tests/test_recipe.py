@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -425,7 +426,9 @@ def test_class_images_serve_the_base_too(models, photos, tmp_path):
     assert base[0]["class"] < 1e-8 < base[-1]["class"] < images[-1]["class"]  # no change yet, then some
 
 
-def test_what_makes_no_sense_is_refused_before_anything_is_written(models, photos, tmp_path, capsys):
+def test_what_makes_no_sense_is_refused_before_anything_is_written(models, photos, tmp_path, capsys, monkeypatch):
+    for package in ("prodigyopt", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if they were not installed
     good = ["dreambooth", "--photos", photos, "--prompt", PROMPT, "--model", models["sd"], "--output", tmp_path / "out"]
 
     def refused(*more: object) -> str:
