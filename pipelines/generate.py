@@ -199,8 +199,11 @@ def alike(config: Config, before: Settings) -> Config:
 
 def uses_of(config: Config, files: Mapping[str, AdapterFile], before: Settings | None) -> list[Use]:
     """The adapters of a prompt without tags. Raises `InputError` where strengths are too few or too many."""
-    earlier = {worn.digest: worn.strength for worn in before.adapters} if before else {}
-    given: Sequence[float] = config.strengths or [earlier.get(file.digest, 1.0) for file in files.values()]
+    worn = before.adapters if before else ()
+    earlier = {w.digest: w.strength for w in worn} | {(w.name, w.digest): w.strength for w in worn}
+    given: Sequence[float] = config.strengths or [
+        earlier.get((name, file.digest), earlier.get(file.digest, 1.0)) for name, file in files.items()
+    ]
     given = list(given) * (len(files) if len(given) == 1 else 1)
     if len(given) != len(files):
         raise InputError(f"{len(files)} adapters have {len(given)} strengths; give one for each, or one for all")

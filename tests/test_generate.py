@@ -142,7 +142,7 @@ def test_what_is_negative_leads_away(model: Path, monkeypatch: pytest.MonkeyPatc
     pipe = load_pipeline(model)
     options = {"size": 16, "steps": 2, "guidance": 5.0}
     plain = tensors(monkeypatch, pipe, lambda: generate(pipe, ["a cat"] * 2, [1, 2], **options))
-    away = tensors(monkeypatch, pipe, lambda: generate(pipe, ["a cat"] * 2, [1, 2], negative="blue", **options))
+    away = tensors(monkeypatch, pipe, lambda: generate(pipe, ["a cat"] * 2, [1, 2], negative=["blue"] * 2, **options))
     assert (plain - away).abs().max() > 1e-3
 
 

@@ -101,9 +101,12 @@ def restore(
 
 
 def described(header: Mapping[str, str]) -> tuple[dict[str, Method], dict[str, Fingerprint]]:
-    """What a header says: the methods by slot, and the bases by prefix."""
-    methods = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
-    return methods, {prefix: Fingerprint(**base) for prefix, base in json.loads(header["base"]).items()}
+    """What a header says: the methods by slot, and the bases by prefix. Raises `InputError` where it says neither."""
+    try:
+        methods = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+        return methods, {prefix: Fingerprint(**base) for prefix, base in json.loads(header["base"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the header of a file of vismodal is broken: {error!r}") from error
 
 
 def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path) -> None:

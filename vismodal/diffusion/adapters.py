@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import vismodal as vm
 from vismodal.checkpoint import check, described, read, restore
 from vismodal.diffusion.kinds import Pipe, kind_of
-from vismodal.diffusion.words import marked, teach, words_of
+from vismodal.diffusion.words import BASE, marked, teach, words_of
 from vismodal.errors import InputError
 from vismodal.formats import peft
 from vismodal.formats.files import as_own, format_of, read_any
@@ -32,6 +32,7 @@ from vismodal.resume import adapter_of
 
 FILE = "adapter.safetensors"  # what a run's folder calls it
 FILES = (FILE, peft.FILE, "adapter_model.safetensors")  # and what those of diffusers and peft do
+NONE = "none"  # the name in a tag that asks for no adapter
 _NAMED = re.compile(r"([\w. -]+)=(.+)")
 
 
@@ -63,6 +64,8 @@ def read_adapters(given: Sequence[str]) -> dict[str, AdapterFile]:
     for text in given:
         named = None if Path(text).expanduser().exists() else _NAMED.fullmatch(text)
         one = _read(Path(named[2] if named else text).expanduser(), named[1] if named else None)
+        if one.name == NONE:
+            raise InputError(f"an adapter called {NONE} cannot be asked for in tags; write NAME={one.path}")
         if one.name in found:
             raise InputError(
                 f"two adapters are called {one.name!r}: {found[one.name].path} and {one.path}; "
@@ -137,7 +140,7 @@ class Shelf:
                 adapter.condition = self.given[use.name].expand(rows, *self.given[use.name].shape[1:])
 
     def spell(self, prompt: str, uses: Sequence[Use]) -> str:
-        """The prompt for a row of these adapters: their new words in it are marked as theirs.
+        """The prompt for a row of these adapters: a new word in it is marked as theirs, another's as the base's.
 
         Raises `InputError` for a word that two of them have.
         """
@@ -148,7 +151,8 @@ class Shelf:
             raise InputError(f"{named} both have the new word {twice[0]!r}; use one of them in a prompt")
         for name in row:
             prompt = marked(prompt, self.words[name], name)
-        return prompt
+        others = {word for each in self.words.values() for word in each if word.lower() not in words}
+        return marked(prompt, sorted(others), BASE)
 
     def _attached(self, use: Use) -> str:
         if use not in self.there:

@@ -158,13 +158,16 @@ def read_conditions(
     found: dict[str, Picture] = {}
     for text in given:
         name, equals, rest = text.partition("=")
-        names, path = ([name], Path(rest)) if equals and not Path(text).exists() else (list(steered), Path(text))
+        named = equals and not Path(text).expanduser().exists()
+        names, path = ([name], Path(rest).expanduser()) if named else (list(steered), Path(text).expanduser())
         if not names or not set(names) <= steered.keys():
             raise InputError(
                 f"{text} steers no adapter; those that something steers are: {', '.join(steered) or 'none'}"
             )
+        if twice := [name for name in names if name in found]:
+            raise InputError(f"{twice[0]} is steered by {found[twice[0]].path} and {path}; write one of them")
         try:
-            image = read_picture(path.expanduser())
+            image = read_picture(path)
         except Unusable as error:
             raise InputError(f"{path} cannot steer: {error}") from error
         found |= {name: Picture(path, steered[name].rows([image])) for name in names}

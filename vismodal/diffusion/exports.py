@@ -15,7 +15,7 @@ from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.formats import own, peft, tokens
 from vismodal.formats.bases import Base
-from vismodal.formats.files import contents_of, layers_of, write_file
+from vismodal.formats.files import contents_of, only, write_file
 
 WEBUI = "webui.safetensors"
 TOKENS = "embeddings"  # the folder with a file for each new word
@@ -79,10 +79,7 @@ def _lora(pipe: Pipe, adapter: vm.Adapter, output: Path) -> tuple[Path | None, s
 
 def write_lora(adapter: vm.Adapter, path: Path) -> Path:
     """What `load_lora_weights` reads. Raises `InputError` naming what it cannot hold."""
-    if {type(method) for method in adapter.methods.values()} <= {vm.LoRA, vm.TextualInversion}:
-        _, rest = own.tokens_of(adapter.methods, adapter.state_dict())
-        return write_tensors(path, *peft.to_peft(rest, peft.scaling_of(adapter.modules)))
-    return write_tensors(path, *peft.write(layers_of(adapter)))
+    return write_file(only(contents_of(adapter), "adapter"), "diffusers", path)
 
 
 def _base(pipe: Pipe, kind: Kind) -> Base:

@@ -40,12 +40,12 @@ def generate(
     size: int,
     steps: int,
     guidance: float,
-    negative: str = "",
+    negative: Sequence[str] = (),
     batch: int = 4,
 ) -> list[Image.Image]:
     """One image for each prompt and its seed, as plain `pipe(prompt, generator=...)` gives it, `batch` at a time.
 
-    `negative` is what guidance leads away from, for all images alike.
+    `negative` is what guidance leads away from, for each image; nothing where none is given.
 
     The latents are decoded here because a denoiser in half precision goes with an autoencoder in fp32, which the
     pipeline itself cannot mix.
@@ -63,7 +63,7 @@ def generate(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="latent",
-                **({"negative_prompt": [negative] * len(generators)} if negative else {}),
+                **({"negative_prompt": list(negative[start : start + batch])} if any(negative) else {}),
                 **kind.calling,
             ).images
             decoded = decode_latents(pipe, kind.unpack(pipe, latents, size))

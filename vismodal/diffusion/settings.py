@@ -18,7 +18,7 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from vismodal.diffusion.adapters import FILE, digest_of
+from vismodal.diffusion.adapters import FILES, digest_of
 from vismodal.errors import InputError
 from vismodal.files import write_file
 from vismodal.runs import CONFIG
@@ -164,8 +164,12 @@ def find_conditions(picture: Path, given: Sequence[Given]) -> list[str]:
 
 def _find(picture: Path, wanted: Sequence[Worn] | Sequence[Given], setting: str, what: str) -> list[str]:
     listed = (str(text) for text in beside(picture).get(setting) or ())
-    named = [Path(text.partition("=")[2] if "=" in text and not Path(text).exists() else text) for text in listed]
-    places = [place / FILE if place.is_dir() else place for place in (path.expanduser() for path in named)]
+    named = [
+        Path(text.partition("=")[2] if "=" in text and not Path(text).expanduser().exists() else text)
+        for text in listed
+    ]
+    given = [path.expanduser() for path in named]
+    places = [place for path in given for place in ((path / file for file in FILES) if path.is_dir() else (path,))]
     found = []
     for each in wanted:
         there = (path for path in (*places, picture.parent / each.file, Path(each.file)) if path.is_file())

@@ -26,6 +26,8 @@ from vismodal.errors import InputError
 from vismodal.fingerprint import BANK
 from vismodal.methods.textualinversion import TextualInversion, Vectors
 
+BASE = ""  # the owner in a mark that leaves a word to the base
+
 
 class Word(NamedTuple):
     """A word of the adapter `owner`, what stands for it in a text, and whether its vectors act just now."""
@@ -86,7 +88,7 @@ def spelt(text: Any, words: Sequence[Word]) -> Any:
 
     def spelling(match: re.Match[str]) -> str:
         mine = [word for word in words if word.text.lower() == match[1].lower()]
-        meant = [w for w in mine if w.owner == match[2]] if match[2] else [w for w in mine if w.acts()]
+        meant = [w for w in mine if w.acts()] if match[2] is None else [w for w in mine if w.owner == match[2]]
         if len({word.owner for word in meant}) > 1:
             owners = ", ".join(dict.fromkeys(word.owner for word in meant))
             raise InputError(f"the word {match[1]!r} is one of several adapters that act: {owners}; use one of them")

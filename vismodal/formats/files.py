@@ -6,6 +6,7 @@ write_file(contents, "kohya", "sks-kohya.safetensors", base_of("sdxl"))
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from vismodal.attach import adapt
 from vismodal.checkpoint import described
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
-from vismodal.formats import kohya, peft, tokens
+from vismodal.formats import comfy, kohya, mmdit, peft, tokens
 from vismodal.formats.bases import Base, Kind, base_on, detect, models
 from vismodal.formats.layers import COMPONENTS, Layers, some
 from vismodal.formats.own import tokens_of
@@ -61,6 +62,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a safetensors file. Raises `InputError` where it is missing or broken."""
     if not path.is_file():
         raise InputError(f"no file {path}")
+    if path.suffix in PICKLES:
+        raise InputError(
+            f"{path} is a pickle, which only convert reads, and of tokens alone; "
+            f"write vismodal convert {path} --to diffusers --out {path.stem}.safetensors"
+        )
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -74,7 +80,7 @@ def read_file(path: str | Path, base: Base | None = None, token: str | None = No
     Args:
         path: a safetensors file; of textual inversion also `.pt`, `.bin`.
         base: the model that it is for, which a file of vismodal needs, and of SDXL's original names another `n` than 2.
-        token: the name of a token whose file holds none; its own name unless given.
+        token: of a file with several, the one that is wanted; of one, its name, else its own or the file's.
 
     Raises `InputError` naming keys, settings and methods that are not known here.
     """
@@ -83,9 +89,9 @@ def read_file(path: str | Path, base: Base | None = None, token: str | None = No
         if not path.is_file():
             raise InputError(f"no file {path}")
         found, header = tokens.read_pickle(path)
-        return Contents("textual inversion", tokens=_named(found, token), header=header)
+        return _named(Contents("textual inversion", tokens=found, header=header), token)
     try:
-        return contents_in(*read_any(path), base, token or path.stem)
+        return _named(contents_in(*read_any(path), base, token or path.stem), token)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -100,16 +106,21 @@ def read_any(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def format_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """ "vismodal", "kohya", "lycoris", "diffusers" or "textual inversion". Raises `InputError` for none of them."""
+    """ "vismodal", "kohya", "lycoris", "comfyui", "diffusers" or "textual inversion".
+
+    Raises `InputError` for none of them.
+    """
     if "vismodal" in header:
         return "vismodal"
     if any(map(kohya.knows, tensors)):
         return "lycoris" if any(key.startswith("lycoris_") for key in tensors) else "kohya"
+    if any(map(comfy.knows, tensors)):
+        return "comfyui"
     if any(map(peft.knows, tensors)):
         return "diffusers"
     if tokens.is_tokens(tensors):
         return "textual inversion"
-    kinds = "diffusers, kohya, LyCORIS, vismodal or textual inversion"
+    kinds = "diffusers, kohya, LyCORIS, ComfyUI, vismodal or textual inversion"
     raise InputError(f"this is no adapter file of {kinds}; its keys are {some(tensors) or 'none'}")
 
 
@@ -123,6 +134,10 @@ def contents_in(
     if kind in ("kohya", "lycoris"):
         layers, found = kohya.read(tensors, base.n if base else 2)
         return Contents(kind, layers, found, header, kind=cast(Kind | None, kohya.base_kind(tensors)))
+    if kind == "comfyui":
+        flat = comfy.as_kohya(tensors)
+        told = kohya.base_kind(flat)  # of a UNet the names do not tell
+        return Contents(kind, *kohya.read(flat, base.n if base else 2), header, kind=_transformer(told))
     if kind == "textual inversion":
         return Contents(kind, tokens=tokens.read(tensors, name), header=header)
     layers = peft.read(tensors, header)
@@ -131,8 +146,18 @@ def contents_in(
     return Contents(kind, layers, header=header, notes=notes)
 
 
-def _named(found: Tokens, token: str | None) -> Tokens:
-    return {token: next(iter(found.values()))} if token and len(found) == 1 else found
+def _named(contents: Contents, token: str | None) -> Contents:
+    """With the one token of that name, or its only one by that name. Raises `InputError` where several have others."""
+    found = contents.tokens
+    if not token or not found:
+        return contents
+    if token not in found and len(found) > 1:
+        raise InputError(f"there is no token {token!r}; write --token with one of {some(found)}")
+    return replace(contents, tokens={token: found.get(token, next(iter(found.values())))})
+
+
+def _transformer(kind: str | None) -> Kind | None:
+    return cast(Kind, kind) if kind in mmdit.KINDS else None
 
 
 def contents_of(adapter: Adapter) -> Contents:
@@ -152,14 +177,17 @@ def write_file(contents: Contents, to: str, out: str | Path, base: Base | None =
         out: a `.safetensors` file.
         base: what the adapter is for; without one it is read off the contents where these tell.
 
-    Raises `InputError` naming what the format cannot say, and where the base has to be given.
+    Raises `InputError` naming what the format cannot say, and where the base has to be given; warns of layers that are
+    left out because nothing in the base reads them.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
         raise InputError(f"only safetensors are written; write --out {out.with_suffix('.safetensors').name}")
     if not contents.layers and not contents.tokens:
         raise InputError("the file holds no layers and no tokens")
-    tensors, header = _written(contents, to, base)
+    tensors, header, notes = _written(contents, to, base)
+    for note in notes:
+        warnings.warn(f"{out}: {note}", stacklevel=2)
     return write_tensors(out, tensors, {**_kept(contents.header), **header})
 
 
@@ -168,24 +196,27 @@ def _kept(header: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in header.items() if k not in _OF_FORMAT and isinstance(v, str)}
 
 
-def _written(contents: Contents, to: str, base: Base | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+Written = tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]  # tensors, header, and what is told
+
+
+def _written(contents: Contents, to: str, base: Base | None) -> Written:
     if to not in FORMATS:
         raise InputError(f"no format {to!r}; write one of {', '.join(FORMATS)}")
     layers, found = contents.layers, contents.tokens
     if not layers and to in ("diffusers", "kohya"):
-        return (tokens.write_diffusers if to == "diffusers" else tokens.write_webui)(found), {"format": "pt"}
+        return (tokens.write_diffusers if to == "diffusers" else tokens.write_webui)(found), {"format": "pt"}, ()
     if found and to not in ("kohya", "vismodal"):
         raise InputError(
             f"{to} keeps no tokens in an adapter's file, and here are {some(found)}; "
             "write --only adapter, and again --only tokens --to diffusers"
         )
     if to == "diffusers":
-        return peft.write(layers)
+        return *peft.write(layers), ()
     if to == "lycoris":
-        return kohya.write_lycoris(layers)
+        return *kohya.write_lycoris(layers), ()
     base = base or _base(contents)
     if to == "kohya":
-        return kohya.write(layers, found, base.kind, base.n)
+        return *kohya.write(layers, found, base.kind, base.n), ()
     return _write_own(layers, found, base)
 
 
@@ -209,13 +240,19 @@ def only(contents: Contents, part: str | None) -> Contents:
     return left
 
 
-def _write_own(layers: Layers, words: Tokens, base: Base) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _write_own(layers: Layers, words: Tokens, base: Base) -> Written:
     components = [*(module.partition(".")[0] for module in layers), *(e for rows in words.values() for e in rows)]
     values = any("diff" in layer or "w_norm" in layer for layer in layers.values())
     found = models(base, [c for c in COMPONENTS if c in components], weights=values)
     tensors, header = write_own(layers, words, found)
     fill(adapt(found, list(described(header)[0].values()), "convert", seed=0), tensors)  # raises where they do not fit
-    return tensors, header
+    return tensors, header, _left_out(layers, found)
+
+
+def _left_out(layers: Layers, models: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """A note on layers of which no file of vismodal says anything, if there are any."""
+    gone = dead(layers, models)
+    return (f"nothing in the model reads {some(gone)}, left out",) if gone else ()
 
 
 # -- for use ---------------------------------------------------------------------------------------------------------
@@ -239,9 +276,7 @@ def as_own(
         return tensors, header, ()
     contents = contents_in(tensors, header, base_on(models), name)
     made, described_by = write_own(contents.layers, contents.tokens, models)
-    gone = dead(contents.layers, models)
-    left_out = (f"nothing in the model reads {some(gone)}, left out",) if gone else ()
-    return made, {**_kept(header), **described_by}, (*contents.notes, *left_out)
+    return made, {**_kept(header), **described_by}, (*contents.notes, *_left_out(contents.layers, models))
 
 
 def as_own_on(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Base | None) -> Own:
@@ -254,5 +289,5 @@ def as_own_on(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Ba
         raise InputError(
             f"it holds the tokens {some(contents.tokens)} and an adapter; write vismodal convert --only adapter"
         )
-    made, described_by = _write_own(contents.layers, {}, base or _base(contents))
-    return made, {**_kept(header), **described_by}, contents.notes
+    made, described_by, left_out = _write_own(contents.layers, {}, base or _base(contents))
+    return made, {**_kept(header), **described_by}, (*contents.notes, *left_out)

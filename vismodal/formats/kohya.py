@@ -148,7 +148,8 @@ def write(layers: Layers, embeddings: Tokens, kind: str, n: int = 2) -> tuple[di
     """
     _check(layers, kind)
     written: dict[str, Tensor] = {}
-    for module, layer in even(_original(layers, kind)).items():
+    original = even(_original(layers, kind))
+    for module, layer in original.items():
         component, _, path = module.partition(".")
         if component == "unet":
             stem = f"lora_unet_{names.flat(names.to_original(path, n) if kind == 'sdxl' else path)}"
@@ -157,7 +158,7 @@ def write(layers: Layers, embeddings: Tokens, kind: str, n: int = 2) -> tuple[di
         else:
             stem = f"{_TEXT.get(kind, _ALONE)[component]}{names.flat(text_path(path))}"
         written |= {f"{stem}.{suffix}": tensor for suffix, tensor in layer.items()}
-    return {**written, **tokens.bundle(embeddings)}, _header(layers, kind)
+    return {**written, **tokens.bundle(embeddings)}, _header(original, kind)
 
 
 def _check(layers: Layers, kind: str) -> None:

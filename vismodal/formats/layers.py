@@ -58,8 +58,18 @@ def algorithm(module: str, layer: Layer) -> str:
         if any(needs <= layer.keys() <= needs | _MAY[name] for needs in choices):
             if name == "oft" and layer["oft_blocks"].dim() != 3:
                 raise InputError(f"{module} has oft_blocks of {layer['oft_blocks'].dim()} axes: BOFT is not known here")
+            if "alpha" in layer and layer["alpha"].numel() != 1:
+                raise InputError(f"{module} has an alpha of {layer['alpha'].numel()} numbers; a layer has one")
+            if name == "lora":
+                _check_product(module, layer["lora_up.weight"], layer["lora_down.weight"])
             return name
     raise InputError(f"{module} has {some(layer)}, which is no whole layer of {', '.join(_NEEDS)}")
+
+
+def _check_product(module: str, up: Tensor, down: Tensor) -> None:
+    if min(up.dim(), down.dim()) < 2 or up.shape[1] != len(down):
+        shapes = ("x".join(map(str, t.shape)) for t in (up, down))
+        raise InputError(f"{module} has an up of {' and a down of '.join(shapes)}, which are no product; is it whole?")
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

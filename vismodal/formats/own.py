@@ -155,6 +155,8 @@ def tokens_of(methods: Mapping[str, Method], tensors: Mapping[str, Tensor]) -> t
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         slot, _, site = key.partition("/")
+        if slot not in methods:
+            raise InputError(f"the header of a file of vismodal names no method {slot!r}, of which there is {key}")
         method = methods[slot]
         if not isinstance(method, TextualInversion):
             rest[key] = tensor
@@ -172,7 +174,22 @@ def words_for(found: Tokens, sites: Sequence[Site]) -> list[tuple[Method, dict[s
     for encoder in dict.fromkeys(encoder for rows in found.values() for encoder in rows):
         mine = {word: rows[encoder] for word, rows in found.items() if encoder in rows}
         here = [s for s in sites if TextualInversion.fits(s) and f"{s.path}.".startswith(f"{encoder}.")]
+        for word, rows in mine.items():
+            _check_word(word, rows, encoder, {site.width for site in here})
         vectors = tuple(map(len, mine.values()))
         method = TextualInversion(words=tuple(mine), vectors=vectors, where=tuple(site.path for site in here))
         chosen.append((method, {site.key: {"v": torch.cat(list(mine.values()))} for site in here}))
     return chosen
+
+
+def _check_word(word: str, rows: Tensor, encoder: str, widths: set[int]) -> None:
+    if word.split() != [word]:
+        raise InputError(
+            f"the token {word!r} has spaces, and prompts hold words; write vismodal convert --token NAME, or where the "
+            "file alone names it, NAME=FILE"
+        )
+    if widths and rows.shape[1] not in widths:
+        raise InputError(
+            f"the token {word!r} has {rows.shape[1]} channels, and the model's {encoder} "
+            f"{', '.join(map(str, sorted(widths)))}; give the model that it is for"
+        )

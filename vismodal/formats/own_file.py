@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from vismodal.adapter import Adapter
 from vismodal.attach import adapt, slots
-from vismodal.checkpoint import FORMAT, from_json, header_of
+from vismodal.checkpoint import FORMAT, described, header_of
 from vismodal.discover import discover
 from vismodal.errors import InputError
 from vismodal.families import table
@@ -29,12 +28,12 @@ def read_own(tensors: Mapping[str, Tensor], header: Mapping[str, str], base: Bas
     """
     if header["vismodal"] != FORMAT:
         raise InputError(f"it has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    by_slot = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+    by_slot, bases = described(header)
     found_tokens, tensors = own.tokens_of(by_slot, tensors)
     attached = [method for slot, method in by_slot.items() if any(key.startswith(f"{slot}/") for key in tensors)]
     if not attached:
         return {}, found_tokens
-    prefixes = list(json.loads(header["base"]))
+    prefixes = list(bases)
     if base is None:
         raise InputError("a file of vismodal needs its base model; write --base sd1, sd2, sdxl or its folder")
     components = [base.denoiser] if prefixes == [""] else prefixes

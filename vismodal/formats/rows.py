@@ -107,10 +107,13 @@ def _common(parts: Mapping[str, Layer], name: str) -> tuple[dict[str, dict[str, 
 
 def _lora(parts: Mapping[str, Layer], heights: Heights) -> dict[str, Tensor]:
     parts, strength = _common(parts, "lora_up.weight")
-    down = torch.cat([layer["lora_down.weight"] for layer in parts.values()])
+    downs = [layer["lora_down.weight"] for layer in parts.values()]
+    shared = all(torch.equal(downs[0], other) for other in downs[1:])  # as `split` gives it
+    down = downs[0] if shared else torch.cat(downs)
+    ups = {part: {"up": layer["lora_up.weight"].flatten(1)} for part, layer in parts.items()}
     joined = {
         "lora_down.weight": down,
-        "lora_up.weight": _block(parts, "lora_up.weight", heights),
+        "lora_up.weight": (_below if shared else _block)(ups, "up", heights),
         "alpha": torch.tensor(strength * len(down)),
     }
     if all("dora_scale" in layer for layer in parts.values()):
