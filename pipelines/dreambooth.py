@@ -21,7 +21,7 @@ from pathlib import Path
 from vismodal import runs
 from vismodal.callbacks import Every, Progress, Track
 from vismodal.diffusion.adapting import adapt
-from vismodal.diffusion.checks import checked, fitted
+from vismodal.diffusion.checks import check_read, checked, fitted
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.generate import Samples, generate
 from vismodal.diffusion.load import load_pipeline, prepare
@@ -61,11 +61,12 @@ def main(config: Config) -> Result:
 def run(config: Config) -> Result:
     """`main` for settings that are filled in."""
     plan = Plan(known(config.steps), config.accumulate, config.seed, known(config.schedule), config.warmup, config.clip)
-    subjects = read_subjects(config)
     accelerator = runs.start_accelerator(config.mixed_precision, config.track)
     pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, accelerator.device)
     prepare(pipe, config.zero_snr, config.base == "int8")
     config = fitted(config, pipe)
+    subjects = read_subjects(config)  # at the model's resolution: a resume reads them alike
+    check_read(config, subjects)
     adapter = adapt(config, pipe)
     optimizer = optimizer_for(config.optimizer, adapter.groups(known(config.learning_rate), config.weight_decay))
     warn_of_long(pipe, [*(prompt for shown in subjects for prompt in shown.prompts), *config.sample_prompts])
@@ -101,7 +102,7 @@ def run(config: Config) -> Result:
             *([Track(accelerator, "dreambooth", same)] if config.track else []),
         ],
         ema=ema,
-        patience=patience_of(config, subjects),
+        patience=patience_of(config, adapter, subjects),
     )
     if outcome.stopped:
         again = runs.resume_command("dreambooth", output)

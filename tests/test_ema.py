@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
 import vismodal as vm
+from vismodal.callbacks import Callback
 from vismodal.draw import shuffled
 from vismodal.ema import Ema, wearing
 from vismodal.errors import InputError
@@ -42,6 +44,41 @@ def learn(steps: int, folder: Path | None = None, decay: float = 0.6, seen: list
     if seen is not None:
         seen.append({name: p.detach().clone() for name, p in adapter.named_parameters()})
     return model, adapter, ema
+
+
+def test_a_stop_while_the_averages_are_worn_saves_the_adapters_own_values(tmp_path: Path) -> None:
+    """Ctrl-C comes in the middle of putting them on, and again of taking them off."""
+    model, adapter = tiny()
+    ema = Ema(adapter, 0.6)
+    load, own = adapter.load_state_dict, {}
+
+    def halfway(state: dict[str, Tensor]) -> None:
+        half = dict(list(state.items())[: len(state) // 2])
+        load(adapter.state_dict() | half)
+        if len(calls) < 2:
+            calls.append(half)
+            raise KeyboardInterrupt
+        load(state)
+
+    def sample(step: int) -> None:
+        raise AssertionError("not reached")
+
+    class Stop(Callback):
+        def after(self, step: int, metrics: object) -> None:
+            own.update({name: tensor.clone() for name, tensor in adapter.state_dict().items()})
+            adapter.load_state_dict = halfway  # type: ignore[method-assign,assignment]
+            wearing(ema, sample)(step)
+
+    def loss(micro: Micro) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(model(X[:2]), torch.tensor([0, 1]))}
+
+    calls: list[dict[str, Tensor]] = []
+    optimizer, checkpoints = torch.optim.AdamW(adapter.groups(3e-2)), Checkpoints(tmp_path)
+    outcome = fit(loss, adapter, optimizer, plan=Plan(3), checkpoints=checkpoints, ema=ema, callbacks=[Stop()])
+    assert outcome.stopped and outcome.step == 1 and len(calls) == 2
+    saved = load_file(checkpoints.path(1))
+    assert all(torch.equal(tensor, saved[f"adapter.{name}"]) for name, tensor in own.items())
+    assert any(not torch.equal(tensor, saved[f"ema.{name}"]) for name, tensor in own.items() if f"ema.{name}" in saved)
 
 
 def test_the_average_by_hand() -> None:

@@ -456,7 +456,7 @@ def test_bundles_hold_an_adapter_and_tokens(tmp_path):
     assert {t: {e: r.tolist() for e, r in rows.items()} for t, rows in back.tokens.items()} == {
         t: {e: r.tolist() for e, r in rows.items()} for t, rows in found.items()
     }
-    for to in ("diffusers", "lycoris", "vismodal"):
+    for to in ("diffusers", "lycoris"):
         with pytest.raises(InputError, match=r"keeps no tokens.*--only adapter, and again --only tokens"):
             write_file(back, to, tmp_path / "y.safetensors", base_of("sdxl"))
     with pytest.raises(InputError, match=r"not known here: bundle_emb.dog.other"):

@@ -1,4 +1,4 @@
-"""Files as people have them: of ComfyUI, with parts that share a factor, with broken headers or words that do not fit."""
+"""Files as people have them: of ComfyUI, with parts that share a factor, broken headers, words that do not fit."""
 
 from __future__ import annotations
 

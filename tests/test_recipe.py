@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_diffusion import photo_folder, tiny_kind, tiny_pipeline
 
 import vismodal as vm
-from vismodal import cli
+from vismodal import cli, runs
 from vismodal.callbacks import read_log
 from vismodal.diffusion import denoise
 from vismodal.diffusion.denoise import Masks, Pictures, Prompts, Weights, denoising
@@ -405,6 +405,17 @@ def test_with_everything_a_run_resumes_exactly_and_its_files_draw_its_samples(
     assert off.max() <= 1
 
 
+def test_a_resume_reads_the_photos_as_the_run_did(models, photos, tmp_path, monkeypatch):
+    """What a photo is shrunk to hangs on the model's own resolution, which only the resumed run's settings hold."""
+    sizes, real = [], runs.read_and_tell
+    monkeypatch.setattr(
+        runs, "read_and_tell", lambda folder, size, *more: sizes.append(size) or real(folder, size, *more)
+    )
+    dreambooth.main(replace(settings(models["sd"], photos, tmp_path / "a"), steps=1))
+    here = cli.parse(dreambooth.Config, "x", ["--config", str(tmp_path / "a/config.yaml")])
+    assert dreambooth.main(replace(here, resume=True)).step == 1 and sizes == [16, 16]
+
+
 def test_class_images_serve_the_base_too(models, photos, tmp_path):
     config = replace(settings(models["sd"], photos, tmp_path / "a"), prior=1.0, prior_by="base", class_images=2)
     dreambooth.main(config)
@@ -439,5 +450,12 @@ def test_several_subjects_with_new_words_keep_their_classes_by_their_photos(mode
     several = replace(settings(models["sdxl"], photos, tmp_path / "out"), photos=None, prompt=None, subjects=subjects)
     options = {"tokens": ("sks", "zwx"), "buckets": True, "masks": True, "ema": 0.9, "caption_dropout": 0.2}
     dreambooth.main(replace(several, prior=1.0, prior_by="photos", **options))
+    here = cli.parse(dreambooth.Config, "x", ["--config", str(tmp_path / "out/config.yaml")])
+    other_class = tuple(replace(s, class_prompt="a photo of a pet") for s in here.subjects)
+    with pytest.raises(InputError, match=r"class_prompts was \['a photo of dog'.* and is now \['a photo of a pet'"):
+        dreambooth.main(replace(here, subjects=other_class, resume=True, steps=5))
+    mixed = tuple(replace(s, class_folder=tmp_path) for s in here.subjects)
+    with pytest.raises(InputError, match="is of two class prompts, 'a photo of dog' and 'a photo of cat'"):
+        dreambooth.main(replace(here, subjects=mixed, prior_by="images", output=tmp_path / "not"))
     rows = read_log(tmp_path / "out" / "metrics.jsonl")
     assert rows[0]["class"] < 1e-8 < 1e-6 < rows[-1]["class"] < 0.1 and not (tmp_path / "out/class").exists()

@@ -258,21 +258,26 @@ class Adapter:
 
     # -- training --
 
-    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    def groups(self, lr: float | Mapping[str, float], weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: by the methods' own learning rates, no decay for vectors and scalars.
 
-        A group that learns for a while only says so: `vismodal.train.fit` has its rate at zero from update "last" on.
+        `lr` is for all methods, or one for each slot of `methods`: {"lora": 1e-3, "tune": 1e-4}; other slots raise
+        `InputError`.
+        A group that learns for a while only says so: `vismodal.train.fit` leaves it as it is after update "last".
         """
-        groups: dict[tuple[float, int | None, bool], list[nn.Parameter]] = {}
+        if isinstance(lr, Mapping) and lr.keys() != self.methods.keys():
+            raise InputError(f"learning rates are for {', '.join(self.methods)}, each of them; not {', '.join(lr)}")
+        groups: dict[tuple[float, float, int | None, bool], list[nn.Parameter]] = {}
         for key, module in self._all_modules().items():
-            method = self.methods[key.partition("/")[0]]
+            slot = key.partition("/")[0]
+            method, own = self.methods[slot], lr[slot] if isinstance(lr, Mapping) else lr
             for name, p in module.named_parameters():
                 if p.requires_grad:
-                    groups.setdefault((method.rate(name), method.last(name), p.dim() > 1), []).append(p)
+                    groups.setdefault((own, method.rate(name), method.last(name), p.dim() > 1), []).append(p)
         return [
-            {"params": params, "lr": lr * rate, "weight_decay": weight_decay if decays else 0.0}
+            {"params": params, "lr": own * rate, "weight_decay": weight_decay if decays else 0.0}
             | ({} if last is None else {"last": last})
-            for (rate, last, decays), params in groups.items()
+            for (own, rate, last, decays), params in groups.items()
         ]
 
     def _by_method(self) -> Iterator[tuple[Method, list[nn.Module]]]:

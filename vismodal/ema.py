@@ -40,6 +40,7 @@ class Ema:
             raise InputError(f"ema must be more than 0 and less than 1, not {decay}; usual are 0.99 to 0.9999")
         self.adapter, self.decay = adapter, decay
         self.averages = {name: p.detach().float().clone() for name, p in adapter.named_parameters()}
+        self._own: dict[str, Tensor] | None = None  # the adapter's values while it wears the averages
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -52,11 +53,18 @@ class Ema:
     def worn(self) -> Iterator[None]:
         """The adapter has the averages for a while, and afterwards the values that it had, to the bit."""
         own = {name: tensor.clone() for name, tensor in self.adapter.state_dict().items()}
-        self.adapter.load_state_dict(own | self.state_dict())
+        self._own = own
         try:
+            self.adapter.load_state_dict(own | self.state_dict())
             yield
         finally:
-            self.adapter.load_state_dict(own)
+            self.take_off()
+
+    def take_off(self) -> None:
+        """Gives the adapter its own values back where a stop came between; `fit` does so before it saves."""
+        if self._own is not None:
+            self.adapter.load_state_dict(self._own)
+            self._own = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by the parameters' names; those that FSDP2 has sharded are gathered."""

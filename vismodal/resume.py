@@ -205,12 +205,15 @@ def _names(optimizer: Optimizer, adapter: Trainable) -> list[str]:
 
 def _pack(optimizer: Optimizer, adapter: Trainable) -> tuple[dict[str, Tensor], dict[str, Any]]:
     names, state = _names(optimizer, adapter), optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
+    tensors, seen = dict[str, Tensor](), set[int]()
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
         for key, value in _flat(values).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{names[index]}.{key}"] = whole(value)
+                mine = whole(value)
+                shared = mine.data_ptr() in seen  # bitsandbytes' tables; safetensors writes nothing twice
+                seen.add(mine.data_ptr())
+                tensors[f"optimizer.{names[index]}.{key}"] = mine.clone() if shared else mine
             else:
                 scalars.setdefault(names[index], {})[key] = value
     groups = [{key: value for key, value in g.items() if key != "params"} for g in state["param_groups"]]

@@ -201,10 +201,11 @@ class _Run:
         self.optimizer.zero_grad()
         rate = self.plan.rate(self.step)
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = base * rate if self.step < group.get("last", self.plan.steps) else 0.0
+            group["lr"] = base * rate
         totals = self._share(self._backward())
         if self.step == self.first or self.dead:
             self._check_alive()
+        self._rest()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         totals["gradient"] = whole(nn.utils.clip_grad_norm_(self.parameters, self.plan.clip or math.inf))
@@ -257,6 +258,13 @@ class _Run:
         self.stop.asked = bool(stop > 0)
         return dict(zip(totals, means[len(gradients) :], strict=True))
 
+    def _rest(self) -> None:
+        """What learns no more has no gradient: it neither moves, in any optimiser, nor counts in the norm."""
+        for group in self.optimizer.param_groups:
+            if self.step >= group.get("last", self.plan.steps):
+                for parameter in group["params"]:
+                    parameter.grad = None
+
     def _check_alive(self) -> None:
         mine = {id(p) for _, p in self.adapter.named_parameters()}
         strange = sum(id(p) not in mine for p in self.parameters)
@@ -292,6 +300,9 @@ class _Run:
 
     def save(self) -> None:
         """Writes a checkpoint of the present step unless there is one."""
+        with self.stop.shielded():
+            if self.ema:  # a stop may have come while the adapter wore the averages
+                self.ema.take_off()
         if self.checkpoints is None or self.saved == self.step:
             return
         with self.stop.shielded():

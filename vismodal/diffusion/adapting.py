@@ -57,11 +57,11 @@ def placed(config: Recipe, pipe: Pipe, name: str) -> Method:
     else:
         asked = config.sites
     sites = options.get("sites") or (sites_of(model, asked, cls) if asked else _own_sites(cls, model))
-    usual = {"where": _within(name, model, sites), "layers": kind.layers.get(name)}
+    usual = {"where": within(name, model, sites), "layers": kind.layers.get(name)}
     return cls(**{**usual, **options, "sites": sites})
 
 
-def _within(name: str, model: nn.Module, kinds: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def within(name: str, model: nn.Module, kinds: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """Globs on the paths of a model's sites of these kinds: some spans are over the whole model."""
     asked = (kinds,) if isinstance(kinds, str) else kinds
     paths = {site.path for site in vm.sites(model) if any(fnmatchcase(site.kind, kind) for kind in asked)}

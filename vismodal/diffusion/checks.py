@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,11 +13,13 @@ from vismodal import runs
 from vismodal.data.subject import CLASS_PROMPT, PROMPT
 from vismodal.diffusion.adapting import NONE, is_free, method_of, read_tokens
 from vismodal.diffusion.kinds import Pipe, kind_of
-from vismodal.diffusion.objective import weights_of
+from vismodal.diffusion.objective import is_masked, weights_of
+from vismodal.diffusion.processes import Flow
 from vismodal.diffusion.prompts import check_class, check_subject, has_word, without_word
 from vismodal.diffusion.recipe import BY_MODEL, PHOTO, Adaptation, Recipe, Task
-from vismodal.diffusion.subjects import subjects_of
+from vismodal.diffusion.subjects import Shown, subjects_of
 from vismodal.errors import InputError
+from vismodal.runs import known
 
 Chosen = TypeVar("Chosen", bound=Recipe)
 
@@ -25,22 +29,28 @@ def checked(config: Chosen) -> Chosen:
     if config.prompt is None and config.photos is not None:
         raise InputError(f'the prompt is missing; write what the photos show, such as --prompt "{PHOTO}"')
     check_adaptation(config)
+    check_idle(config)
     embedded = config.model is None
     if config.learning_rate is None and config.optimizer == "prodigy":
         config = replace(config, learning_rate=1.0)
-    config = replace(config, threads=config.threads or (1 if embedded else torch.get_num_threads()))
+    if config.threads is None:
+        config = replace(config, threads=1 if embedded else torch.get_num_threads())
     unset = {name: values[embedded] for name, values in BY_MODEL.items() if getattr(config, name) is None}
     if has_own_places(config):
         unset["sites"] = config.sites
     config = replace(config, **unset)  # type: ignore[arg-type]
     config = checked_subjects(config) if config.subjects else checked_subject(config)
-    runs.at_least(config, 1, "batch", "class_images", "sample_count", "sample_steps", "keep", "rank")
-    runs.at_least(config, 0, "prior", "min_snr", "offset_noise", "sample_every", "save_every", "learning_rate")
+    runs.at_least(config, 1, "batch", "threads", "class_images", "sample_count", "sample_steps", "keep", "rank")
+    runs.at_least(
+        config, 0, "prior", "min_snr", "offset_noise", "sample_every", "save_every", "learning_rate", "weight_decay"
+    )
     if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
         raise InputError(f"resolution must be a multiple of 8, not {config.resolution}")
     check_shares(config)
     if config.tokens:
         check_tokens(config)
+    if config.prior:
+        check_classes(config)
     return config
 
 
@@ -57,8 +67,9 @@ def checked_subject(config: Chosen) -> Chosen:
     """With the prompts of the one subject."""
     prompt, word = config.prompt or PROMPT, config.subject
     check_subject(prompt, word)
-    class_prompt = config.class_prompt or (CLASS_PROMPT if prompt == PROMPT else without_word(prompt, word))
+    class_prompt = config.class_prompt
     if config.prior:
+        class_prompt = class_prompt or (CLASS_PROMPT if prompt == PROMPT else without_word(prompt, word))
         check_class(class_prompt, word)
     new = tuple(f"{prompt} on a {colour} background" for colour in ("white", "orange"))  # no photo has these
     samples = config.sample_prompts or (new if config.photos is None else (prompt,))
@@ -71,7 +82,9 @@ def checked_subjects(config: Chosen) -> Chosen:
     beside = [name for name in own if getattr(config, name) is not None]
     if beside or config.subject != Task().subject:
         raise InputError(f"{(*beside, 'subject')[0]} is each subject's own; write it within subjects")
-    found = [replace(s, class_prompt=s.class_prompt or without_word(s.prompt, s.subject)) for s in config.subjects]
+    found = list(config.subjects)
+    if config.prior:
+        found = [replace(s, class_prompt=s.class_prompt or without_word(s.prompt, s.subject)) for s in found]
     for i, each in enumerate(found):
         check_subject(each.prompt, each.subject)
         if config.prior:
@@ -103,6 +116,46 @@ def check_adaptation(config: Recipe) -> None:
         raise InputError("token_init and token_steps are about new words; write --tokens too, such as --tokens sks")
 
 
+def check_idle(config: Recipe) -> None:
+    """Raises `InputError` for a setting that another one leaves without any effect."""
+    class_images = ("class_images", "class_folder")
+    told = (
+        (not config.prior, ("class_prompt", *class_images), "the class, which is not kept; write --prior 1 too"),
+        (config.prior_by == "photos", class_images, "class images, and prior_by photos has none; leave it out"),
+        (not config.masks, ("mask_floor",), "masks, which are not read; leave it out, or write --masks true"),
+        (not config.tokens, ("token_learning_rate",), "new words; write --tokens too, such as --tokens sks"),
+        (not config.train_text_encoder, ("text_sites",), "text encoders; write --train_text_encoder too"),
+    )
+    usual = {field.name: field.default for field in fields(Recipe)}
+    for idle, names, about in told:
+        for name in names if idle else ():
+            if getattr(config, name) != usual[name] or any(getattr(s, name, None) for s in config.subjects):
+                raise InputError(f"{name} is about {about}")
+
+
+def check_classes(config: Recipe) -> None:
+    """Raises `InputError` for classes that cannot be kept as they are said to be."""
+    folders: dict[Path, str] = {}
+    for subject in subjects_of(config):
+        prompt, folder = known(subject.class_prompt), subject.class_folder
+        for word in read_tokens(config):
+            if has_word(prompt, word):
+                raise InputError(
+                    f"the class prompt {prompt!r} has the new word {word!r}, which the model does not know yet; "
+                    "write a class_prompt without it"
+                )
+        if folder and folders.setdefault(folder, prompt) != prompt:
+            raise InputError(
+                f"the class_folder {folder} is of two class prompts, {folders[folder]!r} and {prompt!r}; give each its "
+                "own, or leave it out"
+            )
+    if config.method == NONE:
+        raise InputError(
+            "prior keeps the class, and method none trains new words alone, which class prompts do not have: nothing "
+            "could change it; write --prior 0"
+        )
+
+
 def has_own_places(config: Recipe) -> bool:
     """Whether the presets of sites are not meant for the method: it has sites of its own, or was given some."""
     if config.method == NONE:
@@ -126,6 +179,23 @@ def check_tokens(config: Recipe) -> None:
             raise InputError(f"{name} must be above 0 where new tokens are trained, not {getattr(config, name)}")
     if config.token_steps is not None and config.token_steps < 1:
         raise InputError(f"token_steps must be at least 1, not {config.token_steps}")
+    if config.method == NONE and config.token_steps and config.token_steps < known(config.steps):
+        raise InputError(f"with method none nothing learns after token_steps; write --steps {config.token_steps}")
+
+
+def check_read(config: Recipe, subjects: Sequence[Shown]) -> None:
+    """Raises `InputError` for what the photos, now that they are read, leave without any effect."""
+    if config.mask_floor and not is_masked(subjects):
+        raise InputError(
+            "mask_floor is about masks, and no photo has one; put NAME.mask.png beside it, or leave it out"
+        )
+    said = [prompt for shown in subjects for prompt in shown.prompts]
+    for word in read_tokens(config):
+        if not any(has_word(prompt, word) for prompt in said):
+            raise InputError(
+                f"the new token {word!r} is in the caption of no photo, and would learn nothing; "
+                "write it into captions, or --captions false"
+            )
 
 
 def fitted(config: Chosen, pipe: Pipe) -> Chosen:
@@ -134,5 +204,7 @@ def fitted(config: Chosen, pipe: Pipe) -> Chosen:
     size, step = config.resolution or kind.native(pipe), pipe.vae_scale_factor * kind.patch(pipe)
     if size % step:
         raise InputError(f"resolution must be a multiple of {step} for a {type(pipe).__name__}, not {size}")
-    weights_of(config).process(pipe)
+    process = weights_of(config).process(pipe)
+    if config.levels != Recipe().levels and not isinstance(process, Flow):
+        raise InputError("levels are of flow matching, and this model is trained by diffusion; leave them out")
     return replace(config, resolution=size, guidance=kind.guidance if config.guidance is None else config.guidance)

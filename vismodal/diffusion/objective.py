@@ -49,7 +49,8 @@ def is_masked(subjects: Sequence[Shown]) -> bool:
     return any(photo.mask for shown in subjects for photo in shown.photos)
 
 
-def patience_of(config: Recipe, subjects: Sequence[Shown]) -> int:
+def patience_of(config: Recipe, adapter: vm.Adapter, subjects: Sequence[Shown]) -> int:
     """Steps within which every site has to get a gradient: more than one where the loss of a step may say nothing to
-    some, by an empty prompt, a black mask, or the weight 0 of Min-SNR at no signal."""
-    return 20 if config.caption_dropout or config.zero_snr or is_masked(subjects) else 1
+    some, by an empty prompt, a black mask, the weight 0 of Min-SNR at no signal, or drop-path."""
+    rests = any(method.rests for method in adapter.methods.values())
+    return 20 if rests or config.caption_dropout or config.zero_snr or is_masked(subjects) else 1

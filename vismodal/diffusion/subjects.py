@@ -73,7 +73,10 @@ def _filled(config: Recipe, folder: Path, prompt: str, generate: Generate) -> Sh
 
 def content_of(config: Recipe, subjects: Sequence[Shown], classes: Sequence[Shown]) -> dict[str, object]:
     """What the pictures are, wherever they lie, for a resume to compare."""
-    several = {"subjects": [[len(shown.photos), *shown.prompts] for shown in subjects]} if config.subjects else {}
+    several: dict[str, object] = {}
+    if config.subjects:
+        said = [[len(shown.photos), *shown.prompts] for shown in subjects]
+        several = {"subjects": said, "class_prompts": [subject.class_prompt for subject in config.subjects]}
     return {
         "photos": runs.digest(photo for shown in subjects for photo in shown.photos),
         "class_photos": runs.digest(photo for shown in classes for photo in shown.photos),

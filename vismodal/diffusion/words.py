@@ -67,7 +67,7 @@ def teach(pipe: Pipe, adapter: Adapter) -> None:
         if not found:  # T5 beside CLIP: it reads the word as ever, without the mark
             reader.words += [Word(word, adapter.name, word, lambda: False) for word in words]
         for key, module in found.items():
-            _give_ids(reader, module, adapter.name, _acting(encoder, adapter.name, key))
+            _give_ids(reader, module, adapter.name, _acting(encoder, adapter.name, key, module))
 
 
 def words_of(adapter: Adapter) -> tuple[str, ...]:
@@ -132,11 +132,13 @@ def _give_ids(reader: Any, module: Vectors, owner: str, acts: Callable[[], bool]
     reader.words += [Word(w, owner, " ".join(names[rows]), acts) for w, rows in module.words.items()]
 
 
-def _acting(encoder: nn.Module, adapter: str, key: str) -> Callable[[], bool]:
+def _acting(encoder: nn.Module, adapter: str, key: str, module: Vectors) -> Callable[[], bool]:
     def acts() -> bool:
         bank = bank_of(encoder) if BANK in encoder._modules else None
         attached = bank.attached.get(adapter) if bank else None
         if bank is None or attached is None or adapter not in bank.active:
+            return False
+        if attached.modules.get(key) is not module:  # another adapter, which was given the name of a detached one
             return False
         return bool(attached.enabled and attached.scale and key not in attached.dropped)
 

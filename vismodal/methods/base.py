@@ -197,6 +197,11 @@ class Method:
     def step(self, modules: Sequence[nn.Module], step: int, steps: int) -> None:
         """Called after update `step` of `steps` (1 is the first), while the gradients of that update are there."""
 
+    @property
+    def rests(self) -> bool:
+        """Whether a step may leave a site without a gradient by chance, as drop-path does."""
+        return False
+
     def rate(self, tensor: str) -> float:
         """A factor on the learning rate of a tensor, by its name in the module ("B")."""
         return 1.0
