@@ -141,9 +141,10 @@ def test_the_tests_of_the_table_are_there(defect: str) -> None:
 def test_prior_rows_are_in_step_at_any_batch_size(batch: int, tmp_path: Path) -> None:
     """Others collate pictures as i i c c and prompts as i c i c, which go together at batch 1 alone. What the UNet is
     given: row by row, the picture with its own prompt."""
-    from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+    from vismodal.diffusion.denoise import Prompts, Weights, denoising
     from vismodal.diffusion.encode import draw_latents, encode_images
     from vismodal.diffusion.load import load_pipeline
+    from vismodal.diffusion.pictures import Pictures
     from vismodal.train import Micro
 
     tiny_pipeline(tmp_path, beta_start=1e-12, beta_end=2e-12)  # hardly any noise: the UNet is given the pictures

@@ -15,9 +15,10 @@ from tiny_diffusion import KINDS, photo_folder, tiny_kind, tiny_pipeline
 import vismodal as vm
 from vismodal import cli
 from vismodal.diffusion import denoise, losses
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.kinds import Frame, kind_of, pack, places, unpack
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.presets import adapted, sites_of
 from vismodal.diffusion.processes import Diffusion, Flow, process_of
 from vismodal.draw import generator, seed_of, shuffled

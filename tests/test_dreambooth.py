@@ -23,10 +23,11 @@ import vismodal as vm
 from vismodal import cli
 from vismodal.callbacks import read_log
 from vismodal.diffusion import losses
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.generate import fill_folder
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.processes import noise_schedule
 from vismodal.diffusion.prompts import has_word, prompts_for, without_word
 from vismodal.draw import generator, seed_of, shuffled

@@ -21,9 +21,10 @@ import vismodal as vm
 from vismodal import cli, runs
 from vismodal.callbacks import read_log
 from vismodal.diffusion import denoise
-from vismodal.diffusion.denoise import Masks, Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline, prepare
+from vismodal.diffusion.pictures import Masks, Pictures
 from vismodal.diffusion.processes import process_of
 from vismodal.diffusion.recipe import Subject
 from vismodal.draw import generator, seed_of, shuffled

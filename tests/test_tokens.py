@@ -15,10 +15,10 @@ from tiny_diffusion import photo_folder, tiny_clip, tiny_kind, tiny_pipeline, ti
 import vismodal as vm
 from vismodal import cli
 from vismodal.diffusion.adapters import Shelf, Use, read_adapters
-from vismodal.diffusion.denoise import Pictures
 from vismodal.diffusion.exports import export
 from vismodal.diffusion.generate import generate
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.recipe import Subject
 from vismodal.diffusion.requests import Manner, Request, draw
 from vismodal.diffusion.words import teach

@@ -23,9 +23,9 @@ from vismodal.data.decode import Unusable
 from vismodal.data.edges import edges
 from vismodal.data.photos import pixels, read_picture
 from vismodal.diffusion.adapters import AdapterFile
-from vismodal.diffusion.denoise import Pictures, Row
 from vismodal.diffusion.generate import generate
 from vismodal.diffusion.kinds import Pipe
+from vismodal.diffusion.pictures import Pictures, Row
 from vismodal.draw import shuffled
 from vismodal.errors import InputError
 from vismodal.evaluation.encoders import Encoder, clip_encoders

@@ -8,8 +8,9 @@ from functools import partial
 from torch import Tensor
 
 import vismodal as vm
-from vismodal.diffusion.denoise import Masks, Mixed, Pictures, Prompts, Reading, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.kinds import Pipe, kind_of
+from vismodal.diffusion.pictures import Masks, Mixed, Pictures, Reading
 from vismodal.diffusion.recipe import Recipe
 from vismodal.diffusion.subjects import Shown
 from vismodal.runs import known

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vismodal.diffusion.denoise import Crop
+from vismodal.diffusion.pictures import Crop
 from vismodal.diffusion.processes import Density
 from vismodal.optimizers import OptimizerName
 from vismodal.train import Schedule

@@ -12,9 +12,10 @@ from accelerate import Accelerator
 import vismodal as vm
 from vismodal.callbacks import Progress
 from vismodal.diffusion.adapting import within
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.encode import native_size
 from vismodal.diffusion.kinds import Pipe
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.words import teach
 from vismodal.draw import seed_of
 from vismodal.entries import Entry, Member
