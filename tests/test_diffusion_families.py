@@ -14,7 +14,7 @@ from tiny_diffusion import KINDS, photo_folder, tiny_kind, tiny_pipeline
 
 import vismodal as vm
 from vismodal import cli
-from vismodal.diffusion import denoise, losses
+from vismodal.diffusion import losses
 from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.kinds import Frame, kind_of, pack, places, unpack
 from vismodal.diffusion.load import load_pipeline
@@ -115,7 +115,7 @@ def test_the_frame_says_where_the_square_lies(models, monkeypatch, flip):
         seen.append(images)
         return torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
 
-    monkeypatch.setattr(denoise, "encode_images", encode)
+    monkeypatch.setattr("vismodal.diffusion.pictures.encode_images", encode)
     pipe = load_pipeline(models["sdxl"])
     columns = np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (16, 1, 3))
     pictures = [Image.fromarray(columns), Image.fromarray(columns.transpose(1, 0, 2).copy())]

@@ -214,7 +214,9 @@ def test_our_own_files_for_sd3_and_flux_go_through_every_format(
     assert kohya_keys(flat) and dict(inspect(flat).facts)["base"] in ("Stable Diffusion 3", "Flux.1")
     for file in (theirs, flat):
         np.testing.assert_allclose(with_file(made[kind], file), live, atol=1e-4)
-        back = write_file(read_file(file), "vismodal", tmp_path / "back.safetensors", base)
+        dead = kind == "sd3" and file == flat  # the last block's queries of the text, rows of one matrix with k and v
+        with pytest.warns(UserWarning, match="add_q_proj, left out") if dead else contextlib.nullcontext():
+            back = write_file(read_file(file), "vismodal", tmp_path / "back.safetensors", base)
         np.testing.assert_allclose(with_file(made[kind], back), live, atol=1e-4)
 
 

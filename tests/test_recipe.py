@@ -20,7 +20,6 @@ from tiny_diffusion import photo_folder, tiny_kind, tiny_pipeline
 import vismodal as vm
 from vismodal import cli, runs
 from vismodal.callbacks import read_log
-from vismodal.diffusion import denoise
 from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline, prepare
@@ -234,7 +233,7 @@ def test_a_mask_is_cut_and_mirrored_with_its_picture(models, monkeypatch):
         mean = torch.nn.functional.avg_pool2d((images[:, :1] + 1) / 2, 2)
         return mean, torch.zeros_like(mean)
 
-    monkeypatch.setattr(denoise, "encode_images", encode)
+    monkeypatch.setattr("vismodal.diffusion.pictures.encode_images", encode)
     pipe = load_pipeline(models["sd"])
     greys = [noise(40, 16).convert("L"), noise(16, 24, seed=1).convert("L")]
     options = {"size": 16, "crop": "random", "flip": True, "masks": Masks([*greys, None], floor=0.25)}

@@ -120,7 +120,7 @@ def check_idle(config: Recipe) -> None:
     """Raises `InputError` for a setting that another one leaves without any effect."""
     class_images = ("class_images", "class_folder")
     told = (
-        (not config.prior, ("class_prompt", *class_images), "the class, which is not kept; write --prior 1 too"),
+        (not config.prior, ("class_prompt", "class_folder"), "the class, which is not kept; write --prior 1 too"),
         (config.prior_by == "photos", class_images, "class images, and prior_by photos has none; leave it out"),
         (not config.masks, ("mask_floor",), "masks, which are not read; leave it out, or write --masks true"),
         (not config.tokens, ("token_learning_rate",), "new words; write --tokens too, such as --tokens sks"),
