@@ -21,7 +21,7 @@ import torch
 
 import vismodal as vm
 from vismodal import runs
-from vismodal.callbacks import Every, Progress, Track
+from vismodal.callbacks import Every, watchers
 from vismodal.data.emoji import load_emoji
 from vismodal.data.photos import Photo
 from vismodal.data.subject import subject_folder
@@ -144,7 +144,7 @@ class Result:
 
 
 def main(config: Config) -> Result:
-    """Trains and writes the results into a folder. Raises `InputError` for input that cannot be used."""
+    """Trains, draws by what is held out, and writes the results into a folder. Raises `InputError` for bad input."""
     config = checked(config)
     with runs.cpu_threads(known(config.threads)):
         return run(config)
@@ -187,11 +187,7 @@ def run(config: Config) -> Result:
         accelerator=accelerator,
         checkpoints=checkpoints,
         log=output / "metrics.jsonl",
-        callbacks=[
-            Progress(),
-            Every(config.sample_every, sample),
-            *([Track(accelerator, "control", same)] if config.track else []),
-        ],
+        callbacks=watchers(accelerator, config.track, "control", same, Every(config.sample_every, sample)),
     )
     if outcome.stopped:
         accelerator.print(f"stopped after step {outcome.step}; go on with: {runs.resume_command('control', output)}")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from vismodal import runs
-from vismodal.callbacks import Every, Progress, Track
+from vismodal.callbacks import Every, watchers
 from vismodal.diffusion.adapting import adapt
 from vismodal.diffusion.checks import check_read, checked, fitted
 from vismodal.diffusion.encode import warn_of_long
@@ -88,6 +88,7 @@ def run(config: Config) -> Result:
         runs.save_config(config, output)
     accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(adapter.modules)} sites, into {output}")
     ema = Ema(adapter, config.ema) if config.ema else None
+    drawing = Every(config.sample_every, wearing(ema, sample))
     outcome = fit(
         loss_of(config, pipe, adapter, subjects, classes),
         adapter,
@@ -96,11 +97,7 @@ def run(config: Config) -> Result:
         accelerator=accelerator,
         checkpoints=checkpoints,
         log=output / "metrics.jsonl",
-        callbacks=[
-            Progress(),
-            Every(config.sample_every, wearing(ema, sample)),
-            *([Track(accelerator, "dreambooth", same)] if config.track else []),
-        ],
+        callbacks=watchers(accelerator, config.track, "dreambooth", same, drawing),
         ema=ema,
         patience=patience_of(config, adapter, subjects),
     )
