@@ -123,14 +123,13 @@ def main(config: Config) -> Result:
         config = replace(config, resolution=manner.size, guidance=manner.guidance)
         for_all = uses_of(config, files, before)
         texts = [parse_prompt(text, for_all) for text in config.prompts]
-        warn_of_long(pipe, [prompt for prompt, _ in texts])
         if config.sweep:
             texts = [(prompt, (Use(n, s),)) for prompt, _ in texts for n in files for s in config.sweep]
         given = read_conditions(config.conditions, files, pipe, manner.size)
         shelf = Shelf(pipe, files, {name: picture.row for name, picture in given.items()})
         requests = [Request(prompt, seed, uses) for prompt, uses in texts for seed in config.seeds]
-        for request in requests:  # what does not fit is told before anything is drawn
-            shelf.spell(request.prompt, request.uses)
+        # what does not fit is told before anything is drawn; a new word is as long as it has vectors
+        warn_of_long(pipe, {shelf.spell(request.prompt, request.uses): request.prompt for request in requests})
         base = fingerprint(kind_of(pipe).model(pipe))
         theirs = Fingerprint(base.name, *before.base) if before else base
         if theirs.shapes != base.shapes or not theirs.same_values(base):

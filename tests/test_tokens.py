@@ -357,6 +357,27 @@ def test_rows_of_several_subjects_keep_picture_and_prompt_together(settings, tmp
 # -- files and generation ----------------------------------------------------------------------------------------------
 
 
+def test_words_alone_have_no_half_and_count_by_their_vectors(model, tmp_path, capsys):
+    """Beside a LoRA words act in full at its strength; a prompt that their vectors make too long is told as written."""
+    pipe, file = plain_pipeline(model), tmp_path / "dog.safetensors"
+    encoder, words = {"text_encoder": pipe.text_encoder}, vm.TextualInversion(words=("sks",), vectors=(80,))
+    alone = vm.adapt(encoder, words, name="alone")
+    with pytest.raises(vm.InputError, match=r"TextualInversion cannot be interpolated: scale must be 0 or 1, not 0\.5"):
+        alone.scale = 0.5
+    vm.save(alone, file)
+    alone.detach()
+    vm.adapt(encoder, [words, vm.LoRA(sites=("attn.q",))], name="both").scale = 0.5
+    given = ["generate", PROMPT, "--model", str(model), "--adapters", str(file), "--steps", "1", "--resolution", "16"]
+    over = len(pipe.tokenizer(PROMPT.replace("sks ", "")).input_ids) + 80 - pipe.tokenizer.model_max_length
+    for strength in ("0", "1"):
+        capsys.readouterr()
+        assert cli.main([*given, "--strengths", strength, "--output", str(tmp_path / strength)]) == 0
+        told = f"does not see the last {over} tokens of {PROMPT!r}" in capsys.readouterr().err
+        assert told == (strength == "1")
+    assert cli.main([*given, "--strengths", "0.5", "--output", str(tmp_path / "half")]) == 2
+    assert not (tmp_path / "half").exists()
+
+
 def test_rows_of_one_batch_have_words_of_their_own(model, tmp_path):
     """Two adapters with one word and other numbers of vectors, and the base, in one batch: as each one alone."""
     files = []

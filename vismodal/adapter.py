@@ -148,7 +148,9 @@ class Adapter:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        fixed = [type(m).__name__ for m in self.methods.values() if not (m.interpolates or m.whole)]
+        methods = self.methods.values()
+        alone = all(m.whole for m in methods)  # beside others such a method acts in full; by itself it has no half
+        fixed = [type(m).__name__ for m in methods if not m.interpolates and (alone or not m.whole)]
         if fixed and scale not in (0, 1):
             raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
