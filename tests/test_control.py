@@ -23,7 +23,7 @@ from vismodal.callbacks import read_log
 from vismodal.data.edges import edges
 from vismodal.data.photos import pixels, read_photos
 from vismodal.diffusion import control
-from vismodal.diffusion.control import Edges, Likeness, Steered, steering
+from vismodal.diffusion.control import Edges, Likeness, Steered, control_of, steering
 from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.load import load_pipeline
 from vismodal.draw import generator, seed_of, shuffled
@@ -101,6 +101,17 @@ def test_agreement_is_a_correlation_or_a_cosine(photos: Path) -> None:
     torch.testing.assert_close(by_likeness.rows(images), features * 6**0.5)
     assert by_likeness.agreement(by_likeness.rows(images), images) == pytest.approx(1, abs=1e-5)
     assert by_likeness.method() == vm.IPAdapter(width=6)
+
+
+def test_a_picture_s_condition_does_not_depend_on_its_neighbours(photos: Path) -> None:
+    """What `vismodal generate` draws by one picture is then to the bit what samples of several showed."""
+    likeness = control_of({"control": "picture"}, None, 16)
+    assert likeness is not None
+    images = [photo.image for photo in read_photos(photos).photos]
+    rows = likeness.rows(images)
+    assert len(rows) == 4 and all(
+        torch.equal(row, likeness.rows([im])[0]) for row, im in zip(rows, images, strict=True)
+    )
 
 
 def test_each_row_has_the_condition_of_its_picture_and_what_is_dropped_is_drawn_by_key(

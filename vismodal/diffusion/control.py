@@ -111,8 +111,9 @@ class Likeness(Control):
         return vm.IPAdapter(width=self.rows([Image.new("RGB", (8, 8))]).shape[1])
 
     def rows(self, images: Sequence[Image.Image]) -> Tensor:
-        """b x width: unit features times the root of their number, so that an entry is about 1."""
-        features = self.encoder.features(images)
+        """b x width: unit features times the root of their number, so that an entry is about 1. One picture at a time:
+        what it makes does not depend on its neighbours in a batch."""
+        features = torch.cat([self.encoder.features([image]) for image in images])
         return features * math.sqrt(features.shape[1])
 
     def shown(self, image: Image.Image) -> Image.Image:
