@@ -32,7 +32,7 @@ Model = Literal["vit-s", "tiny-vit"]
 Row = dict[str, Any]
 
 PROBE, PEER, OURS = "linear probe", "peft LoRA", "LoRA"
-CORE = (FULL, PROBE, PEER, OURS)  # of vit-s; the others are candidates for the best two
+CORE = (FULL, PROBE, PEER, OURS)  # of vit-s; the others are candidates for the best two: in methods.md good and quick
 RANK, SITES, TARGETS = 8, ("attn.qkv",), ("qkv",)  # of both LoRAs
 WEIGHTS = "weights/vit_small_patch14_dinov2_saliency.safetensors"
 
@@ -57,8 +57,6 @@ VIT_S: Mapping[str, Contestant] = {
     PEER: Contestant("peft", 3e-3),
     OURS: Contestant("ours", 3e-3, vm.LoRA(rank=RANK, sites=SITES)),
     "Convpass": Contestant("ours", 1e-3, vm.Convpass()),
-    "FacT-TT": Contestant("ours", 3e-3, vm.FacT()),
-    "RepAdapter": Contestant("ours", 3e-3, vm.RepAdapter()),
     "Pfeiffer": Contestant("ours", 1e-3, vm.Pfeiffer()),
     "SSF": Contestant("ours", 3e-3, vm.SSF()),
 }
