@@ -115,17 +115,27 @@ def _listing(names: Iterable[str]) -> str:
 
 
 def load_pipeline(name: str) -> ModuleType:
-    """The module `vismodal.pipelines.NAME`, which in a checkout lies in `pipelines/` beside the package."""
+    """The module `vismodal.pipelines.NAME`."""
+    return _beside("pipelines", name)
+
+
+def load_app(name: str) -> ModuleType:
+    """The module `vismodal.apps.NAME`."""
+    return _beside("apps", name)
+
+
+def _beside(place: str, name: str) -> ModuleType:
+    """A module of `vismodal.PLACE`, which in a checkout lies in a folder beside the package."""
     package = Path(__file__).resolve().parent
-    checkout = package.parent / "pipelines"
-    if not (package / "pipelines").is_dir() and checkout.is_dir():
-        beside = sys.modules.setdefault("vismodal.pipelines", ModuleType("vismodal.pipelines"))
+    checkout = package.parent / place
+    if not (package / place).is_dir() and checkout.is_dir():
+        beside = sys.modules.setdefault(f"vismodal.{place}", ModuleType(f"vismodal.{place}"))
         beside.__path__ = [str(checkout)]
     try:
-        return importlib.import_module(f"vismodal.pipelines.{name}")
+        return importlib.import_module(f"vismodal.{place}.{name}")
     except ModuleNotFoundError as error:
-        if str(error.name).startswith("vismodal.pipelines"):
-            raise InputError(f"this installation lacks the pipeline {name}; install vismodal anew") from error
+        if str(error.name).startswith(f"vismodal.{place}"):
+            raise InputError(f"this installation lacks {place}/{name}; install vismodal anew") from error
         extra = 'pip install "vismodal[all]"'
         raise InputError(f"{name} needs the package {error.name}, which is not installed; write {extra}") from error
 

@@ -1,0 +1,140 @@
+"""How far a job is, by what its run leaves on the disk: nothing is asked of the process itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RUN = "run"  # the pipeline's own folder inside the job's
+LATEST = 40  # steps over which the speed is measured
+_BAR = re.compile(r"training:[^\r\n]*?(\d+)/(\d+) \[")
+_MAKING = re.compile(r"making [^\r\n]*?images:[^\r\n]*?(\d+)/(\d+) \[")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands: what it does, its step of `total`, steps a second, seconds left; None where not known."""
+
+    phase: str
+    step: int = 0
+    total: int | None = None
+    speed: float | None = None
+    left: float | None = None
+
+    def __str__(self) -> str:
+        of = f"step {self.step:,} of {self.total:,}" if self.total else ""
+        speed = f"{self.speed:.3g} steps/s" if self.speed and self.phase == "training" else ""
+        left = f"{duration(self.left)} left" if self.left is not None and self.phase == "training" else ""
+        return " · ".join(part for part in (self.phase, of, speed, left) if part)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run, filled in; empty before it has begun."""
+    try:
+        found = yaml.safe_load((folder / RUN / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of the log of the training that was last at work. What is half written or damaged is left out."""
+    logs = [folder / RUN / "metrics.jsonl", *(folder / RUN).glob("runs/*/metrics.jsonl")]
+    there = [path for path in logs if path.is_file()]
+    if not there:
+        return []
+    lines = max(there, key=lambda path: path.stat().st_mtime_ns).read_text(encoding="utf-8").split("\n")[:-1]
+    return [row for row in map(_row, lines) if row]
+
+
+def _row(line: str) -> dict[str, float]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) and {"step", "seconds", "loss"} <= row.keys() else {}
+
+
+def progress(state: str, folder: Path) -> Progress:
+    """Of a job in `state` whose folder is `folder`."""
+    rows, given, log = metrics(folder), settings(folder), tail(folder, 20_000)
+    step = int(rows[-1]["step"]) if rows else 0
+    total = given.get("steps") if isinstance(given.get("steps"), int) else None
+    if total is None and (bars := _BAR.findall(log)):
+        total = int(bars[-1][1])
+    if state not in ("running", "stopping"):
+        return Progress(state, step, total)
+    if state == "stopping":
+        return Progress("saving, then stopping", step, total)
+    speed = speed_of(rows[-LATEST:])
+    left = (total - step) / speed if total and speed else None
+    return Progress(_phase(folder, given, log, step, total), step, total, speed, left)
+
+
+def _phase(folder: Path, given: dict[str, Any], log: str, step: int, total: int | None) -> str:
+    if total and step >= total:
+        return "writing the results"
+    if "training:" in log:
+        return "training"
+    if made := _MAKING.findall(log):
+        return f"making class images, batch {made[-1][0]} of {made[-1][1]}"
+    if given and "steps" in given and not list((folder / RUN / "samples").glob("step-*.png")):
+        return "drawing the first samples"
+    return "loading"
+
+
+def speed_of(rows: list[dict[str, float]]) -> float | None:
+    """Steps a second; None of less than two rows."""
+    if len(rows) < 2 or rows[-1]["seconds"] <= rows[0]["seconds"]:
+        return None
+    return (rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["seconds"] - rows[0]["seconds"])
+
+
+def complete(folder: Path) -> bool:
+    """Whether a training has made all the steps of its settings."""
+    rows, steps = metrics(folder), settings(folder).get("steps")
+    return bool(rows) and isinstance(steps, int) and rows[-1]["step"] >= steps
+
+
+def losses(folder: Path, most: int = 200) -> list[tuple[int, float]]:
+    """Step and loss, as the mean of neighbours where there are more than `most` steps."""
+    rows = metrics(folder)
+    width = max(1, -(-len(rows) // most))
+    groups: Iterable[list[dict[str, float]]] = (rows[i : i + width] for i in range(0, len(rows), width))
+    return [(int(group[-1]["step"]), sum(row["loss"] for row in group) / len(group)) for group in groups]
+
+
+def samples(folder: Path) -> list[tuple[int, Path]]:
+    """Step and sheet of the samples, in order; they are written whole."""
+    found = [(int(path.stem.partition("-")[2]), path) for path in (folder / RUN / "samples").glob("step-*.png")]
+    return sorted(found)
+
+
+def tail(folder: Path, most: int = 4000) -> str:
+    """The end of what the job said, of a bar its last state only."""
+    return "\n".join(part for name in ("said.txt", "log.txt") if (part := _end(folder / name, most)))
+
+
+def _end(path: Path, most: int) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")).strip()
