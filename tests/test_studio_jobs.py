@@ -158,7 +158,8 @@ WEB = """
 import sys, time
 sys.path.insert(0, {root!r})
 from vismodal.cli import load_app
-jobs = load_app("studio.jobs").Jobs(home={home!r}, command=lambda kind, arguments: [sys.executable, "-S", {script!r}, *arguments])
+command = lambda kind, arguments: [sys.executable, "-S", {script!r}, *arguments]
+jobs = load_app("studio.jobs").Jobs(home={home!r}, command=command)
 print("up", flush=True)
 while True:
     jobs.tick()

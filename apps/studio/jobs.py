@@ -1,9 +1,9 @@
 """Jobs: commands of vismodal in processes of their own, from a queue that outlives the web process.
 
-A job's folder holds its settings `job.yaml`, what it said, its pid, its exit code, and in `run/` what the command makes.
-Whether a job lives is asked of the lock on its folder, which its process holds from its first moment on: unlike a pid,
-it cannot pass to another process, and the system lets go of it however the process ends. What a dead job has come to
-is read off its folder, so that it does not matter who was there to see it end.
+A job's folder holds its settings `job.yaml`, what it said, its pid, its exit code, and in `run/` what the command
+makes. Whether a job lives is asked of the lock on its folder, which its process holds from its first moment on: unlike
+a pid, it cannot pass to another process, and the system lets go of it however the process ends. What a dead job has
+come to is read off its folder, so that it does not matter who was there to see it end.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class Jobs:
         return True
 
 
-# -- small parts ---------------------------------------------------------------------------------------------------------
+# -- small parts -----------------------------------------------------------------------------------------------------
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
