@@ -19,10 +19,11 @@ from vismodal.errors import InputError, one_line
 
 
 class Command(NamedTuple):
-    """A subcommand: the pipeline's file in `pipelines/`, and a line for the overview."""
+    """A subcommand: the file in `pipelines/`, a line for the overview, and whether the file is in `apps/` instead."""
 
     pipeline: str
     help: str
+    app: bool = False
 
 
 COMMANDS = {
@@ -41,6 +42,7 @@ COMMANDS = {
     "bake": Command("bake", "adapters in the weights of their model, as a folder that its own library loads"),
     "convert": Command("convert", "write a LoRA, LyCORIS or embedding file in another tool's format"),
     "inspect": Command("inspect_files", "say what is in the file of an adapter or of tokens"),
+    "studio": Command("studio.app", "all of this in the browser: teach, draw, keep adapters, recognise", app=True),
     "bench emoji": Command("bench_emoji", "measure methods on the embedded model: a style and a subject, by emoji"),
 }
 
@@ -93,7 +95,8 @@ def _run(arguments: list[str]) -> int:
     if name is None:
         return _unknown(arguments)
     rest = arguments[len(name.split()) :]
-    pipeline = load_pipeline(COMMANDS[name].pipeline)
+    command = COMMANDS[name]
+    pipeline = (load_app if command.app else load_pipeline)(command.pipeline)
     config = parse(pipeline.Config, f"vismodal {name}", rest)
     pipeline.main(config)
     return 0

@@ -101,9 +101,13 @@ class Jobs:
         name = secrets.token_hex(8)
         folder = self.root / name
         folder.mkdir(mode=0o700)
+        self.write(folder, kind, settings)
+        return self.store.add(kind, title[:80].strip() or kind, name)
+
+    def write(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
+        """The settings of a job in `folder`, with the place of its results."""
         out = KINDS[kind].out
         write_settings(folder, {**settings, **({out[0]: str(folder / out[1])} if out else {})})
-        return self.store.add(kind, title[:80].strip() or kind, name)
 
     def folder(self, job: Job) -> Path:
         return self.root / job.folder

@@ -1,0 +1,130 @@
+"""The studio: teach a model a subject, draw with it, keep and exchange adapters, recognise pictures; in the browser.
+
+    vismodal studio                                        # on this machine alone, with the embedded model
+    vismodal studio --models sd15=models/stable-diffusion-v1-5 --home my_studio
+    vismodal studio --address 0.0.0.0 --password_file password.txt
+
+Jobs are processes of their own: they go on when the page is closed and when the studio ends, and it finds them again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vismodal.errors import InputError
+from vismodal.files import lock_folder
+
+HERE = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A web app for personalised pictures: teach, create, library, recognise.
+
+    Args:
+        home: folder for the jobs, what is uploaded and what is made. Nobody else may read it.
+        models: base models that may be chosen, as NAME=FOLDER, or NAME=OWNER/NAME where the Hub's cache has it.
+        address: where it listens; on another one than this machine's own a password is needed.
+        port: without it, the first free one from 7860 on.
+        password_file: text file with the password on its first line.
+        trainers: trainings at a time.
+        largest: MiB of one upload, unpacked.
+        disk: GiB that the folder may have; above it nothing new is taken.
+        run_disk: GiB of one job, which is stopped above it.
+    """
+
+    home: Path = Path("runs/studio")
+    models: tuple[str, ...] = ()
+    address: str = "127.0.0.1"
+    port: int | None = None
+    password_file: Path | None = None
+    trainers: int = 1
+    largest: int = 500
+    disk: float = 50.0
+    run_disk: float = 8.0
+
+
+def main(config: Config) -> None:
+    """Serves until it is interrupted. Raises `InputError` for settings that cannot be used."""
+    password = checked(config)
+    with serving(config, password) as address:
+        print(f"studio: {address}\nfolder: {config.home.resolve()}\nCtrl-C ends it; jobs go on", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("studio: ended; jobs that run go on, and are found again at the next start", file=sys.stderr)
+
+
+def checked(config: Config) -> str | None:
+    """The password. Raises `InputError` for what makes no sense."""
+    for name, least in (("trainers", 1), ("largest", 1), ("disk", 0.001), ("run_disk", 0.001)):
+        if not getattr(config, name) >= least:
+            raise InputError(f"{name} must be at least {least}, not {getattr(config, name)}")
+    if config.password_file is None:
+        if config.address not in HERE:
+            raise InputError(
+                f"on {config.address} others reach the studio; write --password_file FILE, or leave it out"
+            )
+        return None
+    lines = config.password_file.expanduser().read_text(encoding="utf-8").splitlines()
+    password = lines[0].strip() if lines else ""
+    if len(password) < 8:
+        raise InputError(f"the password in {config.password_file} has less than 8 characters; write a longer one")
+    return password
+
+
+def models_of(config: Config) -> dict[str, str | None]:
+    """The base models by name."""
+    found: dict[str, str | None] = {"tiny-sd": None}
+    for text in config.models:
+        name, equals, place = text.partition("=")
+        if not (name and equals and place) or name in found:
+            raise InputError(f"models are NAME=FOLDER, each with a name of its own, not {text!r}")
+        folder = Path(place).expanduser()
+        found[name] = str(folder.resolve()) if folder.is_dir() else place
+    return found
+
+
+@contextmanager
+def serving(config: Config, password: str | None = None) -> Iterator[str]:
+    """The studio at work; gives its address."""
+    home = config.home.expanduser().resolve()
+    models = models_of(config)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.umask(0o077)  # nobody else reads what is made here
+    lock = lock_folder(home)
+    if lock is None:
+        raise InputError(f"a studio runs in {home} already; open its page, or give another --home")
+    cache = home / "cache"
+    os.environ.update(  # before gradio is imported: nothing is told to anybody, and files lie in our own folder
+        GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(cache), HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1"
+    )
+    from .build import launch
+    from .intake import MIB, Limits
+    from .jobs import Jobs
+    from .work import Studio
+
+    limits = Limits(upload=config.largest * MIB, total=int(config.disk * 2**30), run=int(config.run_disk * 2**30))
+    jobs = Jobs(home, {"training": config.trainers, "drawing": 1}, limits.run)
+    studio = Studio(home, models, limits, jobs)
+    jobs.tick()  # what has ended meanwhile is settled before anybody looks
+    stop = threading.Event()
+    watch = threading.Thread(target=jobs.watch, args=(stop,), daemon=True)
+    watch.start()
+    page: Any = None
+    try:
+        page, address = launch(studio, cache, config.address, config.port, password)
+        yield address
+    finally:
+        stop.set()
+        watch.join()
+        if page is not None:
+            page.close(verbose=False)
+        lock.close()

@@ -1,0 +1,60 @@
+"""The page: its tabs, its endpoints, and how it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from vismodal.errors import InputError
+
+from .create import Create
+from .endpoints import Endpoints
+from .guard import Gate, Headers
+from .jobs_tab import JobsTab
+from .library import Library
+from .page import CSS, Served
+from .recognise import Recognise
+from .teach import Teach
+from .work import Studio
+
+EVERY = 2.0  # seconds from one look at the disk to the next
+DAY = 86_400
+FONTS = ("system-ui", "sans-serif")
+MONO = ("ui-monospace", "monospace")
+
+
+def page(studio: Studio, served: Served) -> gr.Blocks:
+    """All of it; nothing of a job's state lives in here."""
+    with gr.Blocks(title="vismodal studio", analytics_enabled=False, delete_cache=(DAY, DAY)) as blocks:
+        gr.Markdown("# vismodal studio")
+        timer = gr.Timer(EVERY)
+        tabs = []
+        for name, tab in (("Teach", Teach), ("Create", Create), ("Library", Library), ("Recognise", Recognise)):
+            with gr.Tab(name):
+                tabs.append(tab(studio, served))
+        with gr.Tab("Jobs"):
+            tabs.append(JobsTab(studio, served))
+        for tab in tabs:
+            tab.tie(timer, blocks)
+        Endpoints(studio, served).tie()
+    return blocks
+
+
+def launch(studio: Studio, cache: Path, address: str, port: int | None, password: str | None) -> tuple[gr.Blocks, str]:
+    """Serves the page in threads of its own; gives it and its address. Raises `InputError` if the port is taken."""
+    cache.mkdir(mode=0o700, exist_ok=True)
+    blocks = page(studio, Served(cache))
+    blocks.queue(default_concurrency_limit=8, max_size=200)
+    try:
+        _, local, _ = blocks.launch(
+            server_name=address, server_port=port, auth=Gate(password) if password else None, share=False,
+            prevent_thread_lock=True, quiet=True, show_error=False, ssr_mode=False, enable_monitoring=False,
+            max_file_size=studio.limits.upload, footer_links=["api", "settings"], pwa=False,
+            app_kwargs={"middleware": [Middleware(Headers)]}, css=CSS,
+            theme=gr.themes.Soft(font=FONTS, font_mono=MONO, primary_hue="teal", radius_size="md"),
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(f"cannot listen on {address}: {error}; write another --port, or none") from error
+    return blocks, local

@@ -1,0 +1,81 @@
+"""The tab Jobs: all that runs, waits or has ended."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import gradio as gr
+
+from vismodal.errors import InputError
+
+from .page import Served, on
+from .progress import progress, tail
+from .work import Studio
+
+
+class JobsTab:
+    """Builds the tab inside a page."""
+
+    def __init__(self, studio: Studio, served: Served) -> None:
+        self.studio = studio
+        self.table = gr.Dataframe(
+            headers=["job", "what", "title", "state", "how far", "since"], interactive=False, wrap=True,
+            label="Jobs, the newest first", column_count=6, type="array", max_height=420,
+        )  # fmt: skip
+        with gr.Row():
+            self.job = gr.Dropdown([], label="Job", min_width=160)
+            self.stop = gr.Button("Stop", size="sm", min_width=100)
+            self.resume = gr.Button("Resume", size="sm", min_width=100)
+            self.force = gr.Button("Force stop", size="sm", variant="stop", min_width=100)
+        with gr.Row():
+            self.sure = gr.Checkbox(False, label="Yes, delete it with all it made", min_width=160)
+            self.delete = gr.Button("Delete", size="sm", variant="stop", min_width=100)
+        self.log = gr.Textbox(label="What it says", lines=10, max_lines=10, elem_classes="log", interactive=False)
+
+    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+        """To the page's events."""
+        shown = [self.table, self.job, self.log]
+        on(page.load, self.show, [self.job], shown, quiet=True)
+        on(timer.tick, self.show, [self.job], shown, quiet=True)
+        on(self.job.input, self.show, [self.job], shown, quiet=True)
+        jobs = self.studio.jobs
+        for button, action in ((self.stop, jobs.stop), (self.resume, jobs.resume), (self.force, jobs.force_stop)):
+            on(button.click, self._act(action), [self.job], shown)
+        on(self.delete.click, self.remove, [self.job, self.sure], [self.sure, *shown])
+
+    def show(self, number: int | None) -> list[Any]:
+        """The table, the choices, and the log of the one that is chosen."""
+        jobs = self.studio.jobs.store.all()[::-1]
+        rows = []
+        for job in jobs:
+            far = progress(job.state, self.studio.jobs.folder(job)) if job.state != "queued" else None
+            how = (job.error or str(far)) if far and str(far) != job.state else job.error
+            rows.append([job.id, job.kind, job.title, job.state, how, clock(job.ended or job.started or job.created)])
+        chosen = next((job for job in jobs if job.id == number), jobs[0] if jobs else None)
+        choices = [(f"{job.id} · {job.title}", job.id) for job in jobs]
+        log = tail(self.studio.jobs.folder(chosen)) if chosen else ""
+        return [rows, gr.update(choices=choices, value=chosen.id if chosen else None), log]
+
+    def _act(self, action: Any) -> Any:
+        def act(number: int | None) -> list[Any]:
+            if number is None:
+                raise InputError("there is no job yet")
+            action(self.studio.jobs.store.get(number))
+            return self.show(number)
+
+        return act
+
+    def remove(self, number: int | None, sure: bool) -> list[Any]:
+        """Deletes a job, if that is confirmed."""
+        if number is None:
+            raise InputError("there is no job yet")
+        if not sure:
+            raise InputError("deleting cannot be undone; tick the box beside the button first")
+        self.studio.jobs.delete(self.studio.jobs.store.get(number))
+        return [False, *self.show(None)]
+
+
+def clock(seconds: float) -> str:
+    """Local time."""
+    return time.strftime("%d %b %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,121 @@
+"""A panel that follows a job: phase, speed, time left, the loss, samples; and what can be done with it.
+
+It reads what is on the disk at every tick of the page's timer, so that any tab, at any time, sees the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from vismodal.errors import InputError
+
+from .page import Served, on, plain
+from .progress import losses, progress, samples, tail
+from .store import ACTIVE, Job
+from .work import Studio
+
+
+class Watch:
+    """The panel for jobs of some kinds.
+
+    Args:
+        studio: whose jobs.
+        served: files for the page.
+        kinds: those that it follows.
+        extends: whether they can be made longer.
+        pictures: whether they draw samples on the way.
+    """
+
+    def __init__(self, studio: Studio, served: Served, kinds: Sequence[str], extends: bool, pictures: bool) -> None:
+        self.studio, self.served, self.kinds = studio, served, kinds
+        self.job = gr.Dropdown(label="Job", choices=[], interactive=True)
+        self.status = gr.Markdown("No job yet.", elem_classes="status")
+        with gr.Row():
+            self.stop = gr.Button("Stop and save", size="sm", interactive=False)
+            self.resume = gr.Button("Resume", size="sm", interactive=False)
+            self.force = gr.Button("Force stop", size="sm", variant="stop", interactive=False)
+        with gr.Row(visible=extends):
+            self.length = gr.Number(label="Steps in all", value=1200, precision=0, minimum=1, min_width=120)
+            self.extend = gr.Button("Extend", size="sm", interactive=False, min_width=120)
+        self.plot = gr.LinePlot(value=curve([]), x="step", y="loss", label="Loss", height=220)
+        with gr.Group(visible=pictures):
+            self.slider = gr.ImageSlider(label="Before (step 0) and now", interactive=False, height=260, buttons=[])
+            self.samples = gr.Gallery(
+                label="Samples by step", columns=2, format="png", height="auto", object_fit="contain", interactive=False
+            )
+        with gr.Accordion("What it says", open=False):
+            self.log = gr.Textbox(lines=10, max_lines=10, show_label=False, elem_classes="log", interactive=False)
+        self.seen = gr.State("")
+
+    def outputs(self) -> list[Any]:
+        buttons = [self.stop, self.resume, self.force, self.extend]
+        return [self.job, self.status, *buttons, self.plot, self.slider, self.samples, self.log, self.seen]
+
+    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+        """To the timer, to the page's beginning, and to its own buttons."""
+        on(page.load, lambda: self.show(None, ""), [], self.outputs(), quiet=True)
+        on(timer.tick, self.show, [self.job, self.seen], self.outputs(), quiet=True)
+        on(self.job.input, self.show, [self.job, self.seen], self.outputs(), quiet=True)
+        jobs = self.studio.jobs
+        for button, action in ((self.stop, jobs.stop), (self.resume, jobs.resume), (self.force, jobs.force_stop)):
+            on(button.click, self._act(action), [self.job, self.seen], self.outputs())
+        on(self.extend.click, self._extend, [self.job, self.length, self.seen], self.outputs())
+
+    def mine(self) -> list[Job]:
+        """The jobs that it may follow, the newest first."""
+        return [job for job in reversed(self.studio.jobs.store.all()) if job.kind in self.kinds]
+
+    def choose(self, number: int | None) -> Job | None:
+        """The job of that number, or else the one that is at work, or else the newest."""
+        jobs = self.mine()
+        active = [job for job in jobs if job.state in ACTIVE]
+        return next((job for job in jobs if job.id == number), None) or next(iter([*active, *jobs]), None)
+
+    def show(self, number: int | None, seen: str) -> list[Any]:
+        """All parts of the panel; pictures and curve only where they have changed since `seen`."""
+        job = self.choose(number)
+        if job is None:
+            return [gr.update(choices=[], value=None), "No job yet.", *self._buttons(None), *[gr.skip()] * 4, ""]
+        folder = self.studio.jobs.folder(job)
+        now = progress(job.state, folder)
+        sheets, points = samples(folder), losses(folder)
+        mark = f"{job.id} {job.started} {len(sheets)} {points[-1:]}"
+        choices = [(f"{j.id} · {j.title} · {j.state}", j.id) for j in self.mine()]
+        text = f"{now}" + (f"\n\n{plain(job.error)}" if job.error else "")
+        parts: list[Any] = [gr.skip(), gr.skip(), gr.skip()]
+        if mark != seen:
+            shown = [(self.served(path, f"step-{step}.png"), f"step {step}") for step, path in sheets]
+            pair = (shown[0][0], shown[-1][0]) if shown else None
+            parts = [curve(points), pair, shown[::-1]]
+        buttons = self._buttons(job)
+        return [gr.update(choices=choices, value=job.id), text, *buttons, *parts, tail(folder), mark]
+
+    def _buttons(self, job: Job | None) -> list[Any]:
+        state = job.state if job else ""
+        runs = state in ACTIVE
+        live = (state in ("queued", "running"), state in ("stopped", "failed"), runs, state in ("stopped", "done"))
+        return [gr.update(interactive=active) for active in live]
+
+    def _act(self, action: Any) -> Any:
+        def act(number: int | None, seen: str) -> list[Any]:
+            if number is None:
+                raise InputError("there is no job yet; start one")
+            action(self.studio.jobs.store.get(number))
+            return self.show(number, seen)
+
+        return act
+
+    def _extend(self, number: int | None, length: float, seen: str) -> list[Any]:
+        if number is None:
+            raise InputError("there is no job yet; start one")
+        self.studio.extend(number, int(length))
+        return self.show(number, seen)
+
+
+def curve(points: Sequence[tuple[int, float]]) -> pd.DataFrame:
+    """For the plot."""
+    return pd.DataFrame({"step": [step for step, _ in points], "loss": [loss for _, loss in points]}, dtype=float)

@@ -1,0 +1,221 @@
+"""What the studio does, without a page: the tabs and the endpoints call these, and these submit jobs.
+
+A job's settings are those of the command line, in a file that `vismodal COMMAND --config` reads: the studio has no way
+of its own to train or to draw. Nothing that people write becomes a path: pictures, adapters and models are named by
+what the server gave them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vismodal import cli
+from vismodal.data.subject import PROMPT
+from vismodal.errors import InputError
+
+from .intake import NAMES, Intake, Limits
+from .jobs import RUN, SETTINGS, Jobs
+from .shelf import Shelf
+from .store import Job
+
+EXAMPLE = "example"  # the photos of the embedded subject
+EMBEDDED = "tiny-sd"
+PRESETS: dict[str, dict[str, Any]] = {
+    "subject, fast": {"steps": 600},
+    "subject, careful": {"steps": 1000, "rank": 16, "prior": 1.0},
+    "style": {"steps": 1000, "rank": 16, "flip": True, "sites": ["+conv"]},
+}
+# settings that name files, or that are the server's to choose
+OURS = {"photos", "model", "output", "resume", "class_folder", "track", "data", "weights", "adapters", "images", "out"}
+
+
+class Studio:
+    """One studio: its jobs, what was uploaded, and what they made.
+
+    Args:
+        home: its folder.
+        models: the base models that may be used, by name: a folder or an id; None is the embedded one.
+        limits: the most that is taken.
+        jobs: other ones than the usual, for tests.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        models: Mapping[str, str | None] | None = None,
+        limits: Limits | None = None,
+        jobs: Jobs | None = None,
+    ) -> None:
+        home = home.resolve()
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home.chmod(0o700)
+        self.home, self.models, self.limits = home, dict(models or {EMBEDDED: None}), limits or Limits()
+        self.intake = Intake(home, self.limits)
+        self.jobs = jobs or Jobs(home, most=self.limits.run)
+        self.shelf = Shelf(self.jobs)
+
+    # -- teach -------------------------------------------------------------------------------------------------------
+
+    def teach(
+        self,
+        photos: str,
+        prompt: str = PROMPT,
+        subject: str = "sks",
+        preset: str = "subject, fast",
+        model: str = EMBEDDED,
+        title: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """Teaches a subject or a style from a set of photos; `settings` are those of dreambooth, over the preset's."""
+        if preset not in PRESETS:
+            raise InputError(f"there is no preset {preset!r}; choose one of {'; '.join(PRESETS)}")
+        given = {**PRESETS[preset], **self._allowed("dreambooth", settings or {})}
+        given |= {"prompt": prompt, "subject": subject, "model": self._model(model)}
+        if photos != EXAMPLE:
+            given["photos"] = str(self.intake.folder(photos))
+        return self._submit("dreambooth", title or f"{subject}: {prompt}", given)
+
+    def extend(self, number: int, length: int) -> Job:
+        """More steps in all for a training."""
+        job = self.jobs.store.get(number)
+        self.jobs.extend(job, int(length))
+        return self.jobs.store.get(number)
+
+    # -- create ------------------------------------------------------------------------------------------------------
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        adapters: Sequence[Sequence[Any]] = (),
+        seed: int | None = None,
+        count: int = 1,
+        compare: bool = False,
+        sweep: Sequence[float] = (),
+        model: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """Draws each prompt by these adapters, (id, strength) each; with `compare` by none as well.
+
+        A prompt with tags, as in "sks dog <lora:dog:0.8>", has its own adapters, by their names in the library.
+        `sweep` are strengths to try instead, on a sheet for each prompt and seed. Without a seed one is drawn.
+        """
+        prompts = [text.strip() for text in prompts if text.strip()]
+        if not prompts:
+            raise InputError('there is no prompt; write what to draw, such as "a photo of sks dog on the beach"')
+        chosen = {self.shelf.get(str(key)): float(strength) for key, strength in adapters}
+        named = {name for text in prompts for name in re.findall(r"<lora:([^:<>]*)", text)}
+        tagged = [each for each in self.shelf.adapters() if each.name in named]
+        used = {each: chosen.get(each, 1.0) for each in (*chosen, *tagged)}
+        bases = {each.model for each in used}
+        if len(bases) > 1:
+            raise InputError(f"these adapters were made on different models: {', '.join(sorted(map(str, bases)))}")
+        base = self._model(model) if model else next(iter(bases), None)
+        if bases and base not in bases:
+            raise InputError(f"these adapters were made on another model than {model}; leave the choice to them")
+        if tagged and not chosen:  # a prompt without tags is drawn by none
+            prompts = [text if "<lora:" in text else f"{text} <lora:none>" for text in prompts]
+        if compare and not sweep:
+            prompts = [*prompts, *(f"{text} <lora:none>" for text in prompts if "<lora:" not in text)]
+        given = {
+            **self._allowed("generate", settings or {}),
+            "prompts": prompts,
+            "adapters": [f"{each.name}={each.file}" for each in used],
+            "seeds": [secrets.randbelow(2**32) if seed is None else int(seed)],
+            "count": int(count),
+            "model": base,
+        }
+        if used:
+            given |= {"sweep": list(sweep)} if sweep else {"strengths": list(used.values())}
+        return self._submit("generate", prompts[0], given)
+
+    # -- library -----------------------------------------------------------------------------------------------------
+
+    def bring(self, file: Path, title: str = "", base: str = "") -> Job:
+        """Imports an adapter of diffusers, kohya or LyCORIS; `base` is sd1, sd2, sdxl or a model of the studio's."""
+        kept = self.intake.adapter(file)
+        given = {"files": [str(kept)], "to": "vismodal"}
+        if base:
+            given["base"] = base if base in ("sd1", "sd2", "sdxl") else self._model(base) or EMBEDDED
+        return self._submit("convert", title or file.stem, given)
+
+    def export(self, key: str, to: str) -> Job:
+        """Writes an adapter as a file of diffusers or kohya."""
+        each = self.shelf.get(key)
+        if to not in ("diffusers", "kohya"):
+            raise InputError(f"there is no format {to!r}; choose diffusers or kohya")
+        given = {"files": [str(each.file)], "to": to, "base": each.model or EMBEDDED}
+        return self._submit("convert", f"{each.name} for {to}", given)
+
+    def merge(self, adapters: Sequence[Sequence[Any]], title: str = "") -> Job:
+        """The weighted sum of adapters, (id, weight) each, as one."""
+        chosen = [(self.shelf.get(str(key)), float(weight)) for key, weight in adapters]
+        if len(chosen) < 2:
+            raise InputError("choose two adapters or more to merge")
+        if len({each.model for each, _ in chosen}) > 1:
+            raise InputError("these adapters were made on different models; merge those of one")
+        given = {"adapters": [str(each.file) for each, _ in chosen], "weights": [weight for _, weight in chosen]}
+        return self._submit("merge", title or " + ".join(each.name for each, _ in chosen), given)
+
+    # -- recognise ---------------------------------------------------------------------------------------------------
+
+    def learn(self, pictures: str, title: str = "", settings: Mapping[str, Any] | None = None) -> Job:
+        """Adapts tiny-vit to a set of pictures by class; `settings` are those of classify."""
+        given = {**self._allowed("classify", settings or {}), "data": str(self.intake.folder(pictures))}
+        return self._submit("classify", title or "pictures by class", given)
+
+    def recognise(self, number: int, pictures: str, top: int = 3) -> Job:
+        """Says what is in a set of pictures, by what a job of `learn` made."""
+        learnt = self.jobs.store.get(number)
+        file = self.jobs.folder(learnt) / RUN / "adapter.safetensors"
+        if learnt.kind != "classify" or not file.is_file():
+            raise InputError(f"job {number} has learnt no classes yet; choose one that is done")
+        images = [str(self.intake.folder(pictures))]
+        given = {"adapter": str(file), "images": images, "top": int(top), "json": True}
+        return self._submit("predict", f"what is it? by {learnt.title}", given)
+
+    def answers(self, number: int) -> list[dict[str, Any]]:
+        """What a job of `recognise` said: for each picture its name and the likeliest classes."""
+        job = self.jobs.store.get(number)
+        if job.kind != "predict" or job.state != "done":
+            raise InputError(f"job {number} has no answers: it is {job.state}")
+        given: list[dict[str, Any]] = json.loads((self.jobs.folder(job) / "said.txt").read_text(encoding="utf-8"))
+        folder = Path(self.jobs.settings(job)["images"][0])
+        called = json.loads((folder / NAMES).read_text()) if folder.is_dir() else {}
+        return [{**one, "file": called.get(Path(one["file"]).name, Path(one["file"]).name)} for one in given]
+
+    # -- small parts -------------------------------------------------------------------------------------------------
+
+    def _model(self, name: str) -> str | None:
+        if name not in self.models:
+            raise InputError(f"there is no model {name!r}; choose one of {', '.join(self.models)}")
+        return self.models[name]
+
+    def _allowed(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that a page or a client may give."""
+        known = {f.name for f in fields(cli.load_pipeline(kind).Config)} - OURS
+        if strange := sorted(settings.keys() - known):
+            raise InputError(f"there is no setting {strange[0]!r} here; there are {', '.join(sorted(known))}")
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def _submit(self, kind: str, title: str, settings: Mapping[str, Any]) -> Job:
+        """A job, if the command would take its settings. Raises `InputError` as the command line does."""
+        self.intake.check_space()
+        draft = self.home / "drafts" / secrets.token_hex(8)
+        draft.mkdir(mode=0o700, parents=True)
+        try:
+            self.jobs.write(draft, kind, settings)
+            config = cli.parse(cli.load_pipeline(kind).Config, "studio", ["--config", str(draft / SETTINGS)])
+            if kind == "dreambooth":
+                from vismodal.diffusion.checks import checked
+
+                checked(config)  # type: ignore[type-var]
+        finally:
+            shutil.rmtree(draft)
+        return self.jobs.submit(kind, title, settings)
