@@ -179,7 +179,7 @@ def _normal(config: type, arguments: Sequence[str]) -> list[str]:
 
     A pipeline whose `Config.POSITIONAL` names a list takes for it what follows no setting: predict --top 2 a.jpg b.jpg.
     """
-    types = {f"--{f.name}": str(f.type) for f in fields(config)}
+    types = {"--config": "Path"} | {f"--{f.name}": str(f.type) for f in fields(config)}
     listed = getattr(config, "POSITIONAL", None)
     result: list[str] = []
     loose: list[str] = []

@@ -69,9 +69,7 @@ def checked(config: Config) -> str | None:
             raise InputError(f"{name} must be at least {least}, not {getattr(config, name)}")
     if config.password_file is None:
         if config.address not in HERE:
-            raise InputError(
-                f"on {config.address} others reach the studio; write --password_file FILE, or leave it out"
-            )
+            raise InputError(f"on {config.address} others can reach it; write --password_file FILE, or no address")
         return None
     lines = config.password_file.expanduser().read_text(encoding="utf-8").splitlines()
     password = lines[0].strip() if lines else ""

@@ -31,7 +31,7 @@ class Create:
             with gr.Column(min_width=320):
                 self.status = gr.Markdown("Nothing drawn yet.", elem_classes="status")
                 self.slider = gr.ImageSlider(
-                    label="The base model, and with the adapters",
+                    label="Without and with the adapters",
                     interactive=False,
                     height=300,
                     buttons=[],
@@ -88,6 +88,9 @@ class Create:
         on(self.draw.click, self.begin, fields, [self.job, self.seed, *shown])
         on(self.sweep.click, self.begin_sweep, fields, [self.job, self.seed, *shown])
 
+    def begin_page(self) -> list[Any]:
+        return [gr.update(choices=self.names()), self.newest()]
+
     def names(self) -> list[tuple[str, str]]:
         return [(each.name, str(each.id)) for each in self.studio.shelf.adapters()]
 
@@ -140,9 +143,7 @@ class Create:
         found, sheets = pictures(self.studio, job), sorted((self.studio.jobs.folder(job) / RUN).glob("sheet*.png"))
         shown = [(self.served(path), text) for path, text, _ in found]
         pair = before_and_after(found)
-        slider = (
-            gr.update(visible=False) if pair is None else gr.update(value=tuple(map(self.served, pair)), visible=True)
-        )
+        slider = gr.update(value=tuple(map(self.served, pair)) if pair else None, visible=pair is not None)
         seeds = f"{len(found)} pictures, from seed {self.studio.jobs.settings(job)['seeds'][0]}"
         return [seeds, slider, shown, [self.served(path) for path in sheets], mark]
 

@@ -24,9 +24,7 @@ class Recognise:
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
                 gr.Markdown("### 1. Classes")
-                self.files = gr.File(
-                    label="A zip with a folder of pictures for each class", file_types=[".zip"], height=140
-                )
+                self.files = gr.File(label="A zip with a folder for each class", file_types=[".zip"], height=140)
                 self.told = gr.Markdown("", elem_classes="quiet")
                 self.method = gr.Radio(METHODS, value="lora", label="Method")
                 with gr.Row():

@@ -1,0 +1,259 @@
+"""The studio's page and endpoints, over the wire as programs use them; most jobs are stand-ins that take no time."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import os
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from vismodal import cli
+from vismodal.cli import load_app
+from vismodal.errors import InputError
+
+pytest.importorskip("gradio")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
+# What each command leaves, in a blink; it fails where the title of a setting says so.
+STAND_IN = """
+import json, os, sys, yaml
+from pathlib import Path
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+Path("pid").write_text(str(os.getpid()))
+kind, given, run = sys.argv[1], yaml.safe_load(Path("job.yaml").read_text()), Path("run")
+run.mkdir(exist_ok=True)
+if kind in ("dreambooth", "classify"):
+    steps = given.get("steps", 3)
+    (run / "config.yaml").write_text(f"steps: {steps}")
+    rows = [json.dumps({"step": i, "seconds": i, "loss": 1 / i}) for i in range(1, steps + 1)]
+    (run / "metrics.jsonl").write_text("\\n".join(rows) + "\\n")
+    (run / "samples").mkdir(exist_ok=True)
+    for step in (0, steps):
+        Image.new("RGB", (32, 16), (step % 256, 0, 0)).save(run / "samples" / f"step-{step:07d}.png")
+    (run / "pytorch_lora_weights.safetensors").write_bytes(b"diffusers")
+    (run / "README.md").write_text("---\\nbase_model: x\\n---\\n# The card <script>")
+if kind == "generate":
+    for i, prompt in enumerate(given["prompts"]):
+        bare = "<lora:none>" in prompt
+        chunk = PngInfo()
+        worn = [] if bare else [{"name": a.partition("=")[0], "strength": 1} for a in given["adapters"]]
+        plain = prompt.replace(" <lora:none>", "")
+        chunk.add_text("vismodal", json.dumps({"prompt": plain, "seed": given["seeds"][0], "adapters": worn}))
+        Image.new("RGB", (16, 16)).save(run / f"{i:04d}.png", pnginfo=chunk)
+    Image.new("RGB", (16, 16)).save(run / "sheet.png")
+elif kind == "predict":
+    names = sorted(p for p in Path(given["images"][0]).iterdir() if p.suffix == ".png")
+    print(json.dumps([{"file": str(p), "classes": [{"class": "a|b", "probability": 0.75}]} for p in names]))
+else:
+    (run / "adapter.safetensors").write_bytes(kind.encode())
+Path("exit").write_text("0")
+"""
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """A studio at work, with stand-ins for the commands, and a client of it."""
+    from gradio_client import Client
+
+    folder = tmp_path_factory.mktemp("studio")
+    home, script = folder / "home", folder / "stand_in.py"
+    script.write_text(STAND_IN)
+    before = dict(os.environ)
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(home / "cache")}
+    build, work = load_app("studio.build"), load_app("studio.work")
+    jobs = load_app("studio.jobs").Jobs(home, command=lambda kind, arguments: [sys.executable, str(script), kind])
+    studio = work.Studio(home, jobs=jobs)
+    page, address = build.launch(studio, home / "cache", "127.0.0.1", None, None)
+    client = Client(address, verbose=False, download_files=str(folder / "got"), analytics_enabled=False)
+    made = SimpleNamespace(studio=studio, page=page, address=address, client=client, home=home, folder=folder)
+    yield made
+    page.close(verbose=False)
+    client.close()
+    for child in jobs.children.values():
+        child.wait()
+    os.environ.clear()
+    os.environ.update(before)
+    vars(made).clear()
+    del page, client
+    with warnings.catch_warnings():  # gradio leaves event loops open, of which Python would tell at any later moment
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+def png(seed: int = 0, size: int = 32) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def finished(up, job: dict) -> dict:
+    """The job, when it has come to an end."""
+    end = time.monotonic() + 20
+    while (now := up.client.predict(job["id"], api_name="/job"))["state"] in ("queued", "running", "stopping"):
+        assert time.monotonic() < end, now
+        up.studio.jobs.tick()
+        time.sleep(0.05)
+    return now
+
+
+def test_every_endpoint_and_nothing_else_is_offered(up, tmp_path):
+    """The whole way, from photos to an answer, by names alone; the last line counts the endpoints that were used."""
+    from gradio_client import handle_file
+
+    used: list[str] = []
+
+    def call(name: str, *arguments: object, **named: object):
+        used.append(f"/{name}")
+        return up.client.predict(*arguments, **named, api_name=f"/{name}")
+
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "bad.png").write_text("no picture")
+    photos = call("upload", [handle_file(tmp_path / name) for name in ("0.png", "1.png", "bad.png")])
+    assert list(photos["pictures"].values()) == ["0.png", "1.png"] and "bad.png: its content" in photos["rejected"][0]
+    assert call("caption", photos["id"], "0001.png", "sks dog runs")[0][2] == "sks dog runs"
+    assert [row[2] for row in call("captions", photos["id"])] == ["sks dog runs", ""]
+
+    job = call("teach", photos["id"], "a photo of sks dog", title="my dog", settings={"steps": 4, "rank": 2})
+    waiting = call("teach", "example", title="second")
+    assert call("stop", waiting["id"])["state"] == "stopped"
+    done = finished(up, job)
+    assert (done["state"], done["step"], done["total"]) == ("done", 4, 4)
+    given = up.studio.jobs.settings(up.studio.jobs.store.get(job["id"]))
+    assert given["photos"] == str(up.studio.intake.folder(photos["id"])) and given["rank"] == 2
+    assert call("loss", job["id"]) == [[1, 1.0], [2, 0.5], [3, 1 / 3], [4, 0.25]]
+    shown = call("samples", job["id"])
+    assert [step for step, _ in shown] == [0, 4] and Image.open(shown[1][1]).size == (32, 16)
+    assert finished(up, call("extend", job["id"], 6))["step"] == 6
+    assert finished(up, call("resume", waiting["id"]))["state"] == "done"
+    with pytest.raises(Exception, match="does not run, so there is nothing to stop"):
+        call("force_stop", waiting["id"])
+
+    first, second = call("adapters")
+    assert (first["name"], first["words"], first["card"]) == ("my-dog", "a photo of sks dog", "# The card <script>")
+    drawn = finished(up, call("draw", ["sks dog", "x <lora:second:0.5>"], [["my-dog", 0.8]], 7, 1, True))
+    found = call("pictures", drawn["id"])
+    assert [(p["prompt"], len(p["adapters"])) for p in found] == [
+        ("sks dog", 2),
+        ("x <lora:second:0.5>", 2),
+        ("sks dog", 0),
+    ]
+    assert Image.open(found[0]["file"]).text["vismodal"] and len(call("sheets", drawn["id"])) == 1
+
+    assert Path(call("download", "my-dog")).read_bytes() == b"dreambooth"
+    exported = finished(up, call("export", "my-dog", "kohya"))
+    assert Path(call("exported", exported["id"])).read_bytes() == b"convert"
+    merged = finished(up, call("merge", [["my-dog", 0.5], [second["id"], 0.5]], "both"))
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.ones(2)}, tmp_path / "theirs.safetensors")
+    brought = finished(up, call("bring", handle_file(tmp_path / "theirs.safetensors"), base="tiny-sd"))
+    assert [each["name"] for each in call("adapters")] == ["my-dog", "second", "both", "theirs"]
+    assert (merged["state"], brought["state"]) == ("done", "done")
+
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        for i in range(6):
+            archive.writestr(f"{'cat' if i % 2 else 'dog'}/{i}.png", png(i))
+    pets = call("upload", [handle_file(tmp_path / "pets.zip")], True)
+    learnt = finished(up, call("learn", pets["id"], settings={"method": "linearprobe", "epochs": 2}))
+    asked = finished(up, call("recognise", learnt["id"], photos["id"]))
+    assert [one["file"] for one in call("answers", asked["id"])] == ["0.png", "1.png"]
+
+    assert [job["id"] for job in call("delete", asked["id"])] == [job["id"] for job in call("jobs")]
+    assert call("job", job["id"])["error"] == ""
+    assert set(used) == set(up.client.view_api(return_format="dict")["named_endpoints"])
+
+
+def refused(up, name: str, *arguments: object, **named: object) -> str:
+    with pytest.raises(Exception) as caught:
+        up.client.predict(*arguments, **named, api_name=f"/{name}")
+    return str(caught.value)
+
+
+def test_what_is_refused_and_that_no_path_comes_in(up):
+    secret = up.folder / "secret.png"
+    secret.write_bytes(png())
+    count = len(up.studio.jobs.store.all())
+    assert "no file that was uploaded" in refused(up, "upload", [{"path": str(secret)}])
+    assert "no file that was uploaded" in refused(up, "upload", [{"path": f"{up.home}/cache/../studio.db"}])
+    assert "no file that was uploaded" in refused(up, "bring", {"path": str(up.home / "studio.db")})
+    assert "not here any more" in refused(up, "teach", "../../etc", "a photo of sks dog")
+    assert "there is no model '/etc'" in refused(up, "teach", "example", model="/etc")
+    for name in ("photos", "output", "class_folder", "model"):
+        assert f"no setting '{name}'" in refused(up, "teach", "example", settings={name: "/etc"})
+    assert "there is no preset" in refused(up, "teach", "example", preset="x")
+    assert "lacks the subject" in refused(up, "teach", "example", "a photo of a dog")
+    assert "rank must be at least 1" in refused(up, "teach", "example", settings={"rank": 0})
+    assert "steps" in refused(up, "teach", "example", settings={"steps": "<b>many</b>"})
+    assert "there is no adapter 'x'" in refused(up, "draw", ["sks"], [["x", 1]])
+    assert "no prompt" in refused(up, "draw", [" "])
+    assert "there is no format" in refused(up, "export", "my-dog", "../x")
+    assert "two adapters or more" in refused(up, "merge", [["my-dog", 1]])
+    assert "there is no job 999" in refused(up, "job", 999)
+    assert "&lt;b&gt;" in refused(up, "export", "<b>", "kohya")  # toasts are HTML
+    assert len(up.studio.jobs.store.all()) == count
+    for path in (secret, up.home / "studio.db", up.home / "jobs", Path("/etc/passwd")):
+        assert httpx.get(f"{up.address}gradio_api/file={path}").status_code in (403, 404)
+    answer = httpx.get(up.address)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert (up.home.stat().st_mode | (up.home / "cache").stat().st_mode) & 0o077 == 0
+
+
+def test_the_page_answers_every_event_of_its_own(up):
+    """The handlers behind buttons and timers, run as the server runs them: with its checks of values and counts."""
+    load_app("studio.work")
+    blocks = up.page
+    names = {"load": 0, "tick": 0, "click": 0, "change": 0, "focus": 0, "upload": 0, "input": 0}
+    for function in list(blocks.fns.values()):
+        if function.api_visibility == "public":
+            continue
+        for _, event in function.targets:
+            names[event] += 1
+        if any(event in ("load", "tick") for _, event in function.targets):
+            values = [getattr(block, "value", None) for block in function.inputs]
+            result = asyncio.run(blocks.process_api(function, values, state=None))
+            assert len(result["data"]) == len(function.outputs)
+    assert names["load"] >= 4 and names["tick"] >= 5 and names["click"] >= 15
+    assert not [
+        f.api_name for f in blocks.fns.values() if f.api_visibility == "public" and not isinstance(f.api_name, str)
+    ]
+
+
+# -- log-in --------------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_passwords_are_counted_and_then_nobody_comes_in_for_a_while():
+    now = [0.0]
+    gate = load_app("studio.guard").Gate("correct horse", clock=lambda: now[0])
+    assert gate("any", "correct horse")
+    assert not any(gate("any", f"wrong {i}") for i in range(5))
+    assert not gate("any", "correct horse")
+    now[0] = 61.0
+    assert gate("any", "correct horse") and not gate("any", "wröng")
+
+
+def test_another_address_needs_a_password(tmp_path):
+    app = load_app("studio.app")
+    with pytest.raises(InputError, match="others can reach it; write --password_file"):
+        app.checked(app.Config(address="0.0.0.0"))
+    (tmp_path / "short").write_text("1234\n")
+    with pytest.raises(InputError, match="less than 8 characters"):
+        app.checked(app.Config(address="0.0.0.0", password_file=tmp_path / "short"))
+    (tmp_path / "good").write_text("correct horse\n")
+    assert app.checked(app.Config(address="0.0.0.0", password_file=tmp_path / "good")) == "correct horse"
+    with pytest.raises(InputError, match="NAME=FOLDER"):
+        app.models_of(app.Config(models=("folder",)))
+    assert cli.main(["studio", "--address", "0.0.0.0"]) == 2
