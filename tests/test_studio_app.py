@@ -207,6 +207,7 @@ def test_what_is_refused_and_that_no_path_comes_in(up):
     assert len(up.studio.jobs.store.all()) == count
     for path in (secret, up.home / "studio.db", up.home / "jobs", Path("/etc/passwd")):
         assert httpx.get(f"{up.address}gradio_api/file={path}").status_code in (403, 404)
+    assert httpx.get(up.address, headers={"Host": "evil.example"}).status_code == 400
     answer = httpx.get(up.address)
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert (up.home.stat().st_mode | (up.home / "cache").stat().st_mode) & 0o077 == 0
@@ -232,7 +233,20 @@ def test_the_page_answers_every_event_of_its_own(up):
     ]
 
 
-# -- log-in --------------------------------------------------------------------------------------------------------------
+def test_uploads_that_nobody_uses_go_after_a_day(tmp_path):
+    work = load_app("studio.work")
+    studio = work.Studio(tmp_path)
+    (tmp_path / "one.png").write_bytes(png())
+    used, old, new = (studio.intake.pictures([tmp_path / "one.png"]).id for _ in range(3))
+    job = studio.teach(used, "a photo of sks dog")
+    for name in (used, old):
+        os.utime(studio.intake.sets / name, (0, 0))
+    work.Studio(tmp_path)
+    assert {path.name for path in studio.intake.sets.iterdir()} == {used, new}
+    assert studio.jobs.store.get(job.id).state == "queued"
+
+
+# -- log-in --------------------------------------------------------------------------------------------------------
 
 
 def test_wrong_passwords_are_counted_and_then_nobody_comes_in_for_a_while():
@@ -243,6 +257,26 @@ def test_wrong_passwords_are_counted_and_then_nobody_comes_in_for_a_while():
     assert not gate("any", "correct horse")
     now[0] = 61.0
     assert gate("any", "correct horse") and not gate("any", "wröng")
+
+
+def test_nothing_is_shown_without_the_password(up):
+    build = load_app("studio.build")
+    page, address = build.launch(up.studio, up.home / "cache", "127.0.0.1", None, "correct horse")
+    try:
+        with httpx.Client(base_url=address) as visitor:
+            for path in ("config", "gradio_api/info", "gradio_api/file=x", "gradio_api/call/jobs"):
+                assert visitor.get(path).status_code in (401, 405), path
+            assert visitor.post("gradio_api/upload", files={"files": b"x"}).status_code == 401
+            assert visitor.post("gradio_api/call/jobs", json={"data": []}).status_code == 401
+            assert visitor.post("login", data={"username": "me", "password": "wrong"}).status_code == 400
+            assert visitor.get("config").status_code == 401
+            assert visitor.post("login", data={"username": "me", "password": "correct horse"}).status_code == 200
+            assert visitor.get("config").status_code == 200
+            refused = [visitor.post("login", data={"username": "me", "password": "wrong"}) for _ in range(5)]
+            late = visitor.post("login", data={"username": "me", "password": "correct horse"})
+            assert {answer.status_code for answer in (*refused, late)} == {400}
+    finally:
+        page.close(verbose=False)
 
 
 def test_another_address_needs_a_password(tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 from vismodal.errors import InputError
 from vismodal.files import lock_folder
 
-HERE = ("127.0.0.1", "localhost", "::1")
+from .guard import HERE
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from vismodal.errors import InputError
 
 from .create import Create
 from .endpoints import Endpoints
-from .guard import Gate, Headers
+from .guard import HERE, Gate, Headers
 from .jobs_tab import JobsTab
 from .library import Library
 from .page import CSS, Served
 from .recognise import Recognise
 from .teach import Teach
-from .work import Studio
+from .work import DAY, Studio
 
 EVERY = 2.0  # seconds from one look at the disk to the next
-DAY = 86_400
 FONTS = ("system-ui", "sans-serif")
 MONO = ("ui-monospace", "monospace")
 
@@ -42,6 +42,12 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
     return blocks
 
 
+def middleware(address: str) -> list[Middleware]:
+    """On this machine's own address a name that leads here from a strange page is refused as well (DNS rebinding)."""
+    ours = [Middleware(TrustedHostMiddleware, allowed_hosts=list(HERE))] if address in HERE else []
+    return [Middleware(Headers), *ours]
+
+
 def launch(studio: Studio, cache: Path, address: str, port: int | None, password: str | None) -> tuple[gr.Blocks, str]:
     """Serves the page in threads of its own; gives it and its address. Raises `InputError` if the port is taken."""
     cache.mkdir(mode=0o700, exist_ok=True)
@@ -52,7 +58,7 @@ def launch(studio: Studio, cache: Path, address: str, port: int | None, password
             server_name=address, server_port=port, auth=Gate(password) if password else None, share=False,
             prevent_thread_lock=True, quiet=True, show_error=False, ssr_mode=False, enable_monitoring=False,
             max_file_size=studio.limits.upload, footer_links=["api", "settings"], pwa=False,
-            app_kwargs={"middleware": [Middleware(Headers)]}, css=CSS,
+            app_kwargs={"middleware": middleware(address)}, css=CSS,
             theme=gr.themes.Soft(font=FONTS, font_mono=MONO, primary_hue="teal", radius_size="md"),
         )  # fmt: skip
     except OSError as error:

@@ -10,7 +10,8 @@ import gradio as gr
 from vismodal.errors import InputError
 
 from .page import Served, on
-from .progress import progress, tail
+from .progress import duration, progress, tail
+from .store import ACTIVE
 from .work import Studio
 
 
@@ -49,8 +50,9 @@ class JobsTab:
         jobs = self.studio.jobs.store.all()[::-1]
         rows = []
         for job in jobs:
-            far = progress(job.state, self.studio.jobs.folder(job)) if job.state != "queued" else None
-            how = (job.error or str(far)) if far and str(far) != job.state else job.error
+            took = f"took {duration(job.ended - job.started)}" if job.started and job.ended else ""
+            active = job.state in ACTIVE
+            how = job.error or (str(progress(job.state, self.studio.jobs.folder(job))) if active else took)
             rows.append([job.id, job.kind, job.title, job.state, how, clock(job.ended or job.started or job.created)])
         chosen = next((job for job in jobs if job.id == number), jobs[0] if jobs else None)
         choices = [(f"{job.id} · {job.title}", job.id) for job in jobs]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,15 @@ def settings(folder: Path) -> dict[str, Any]:
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of the log of the training that was last at work. What is half written or damaged is left out."""
     logs = [folder / RUN / "metrics.jsonl", *(folder / RUN).glob("runs/*/metrics.jsonl")]
-    there = [path for path in logs if path.is_file()]
-    if not there:
-        return []
-    lines = max(there, key=lambda path: path.stat().st_mtime_ns).read_text(encoding="utf-8").split("\n")[:-1]
-    return [row for row in map(_row, lines) if row]
+    there = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in logs if path.is_file()]
+    return list(_rows(*max(there))) if there else []
+
+
+@lru_cache(maxsize=64)
+def _rows(time: int, size: int, path: Path) -> tuple[dict[str, float], ...]:
+    """Of a log as it was at a time and a size, which many pages ask for."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return tuple(row for row in map(_row, lines) if row)
 
 
 def _row(line: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from .store import Job
 
 EXAMPLE = "example"  # the photos of the embedded subject
 EMBEDDED = "tiny-sd"
+DAY = 86_400
 PRESETS: dict[str, dict[str, Any]] = {
     "subject, fast": {"steps": 600},
     "subject, careful": {"steps": 1000, "rank": 16, "prior": 1.0},
@@ -60,6 +62,15 @@ class Studio:
         self.intake = Intake(home, self.limits)
         self.jobs = jobs or Jobs(home, most=self.limits.run)
         self.shelf = Shelf(self.jobs)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Deletes uploads of yesterday that no job uses, and what was cut off."""
+        shutil.rmtree(self.home / "drafts", ignore_errors=True)
+        used = "".join((self.jobs.folder(job) / SETTINGS).read_text(encoding="utf-8") for job in self.jobs.store.all())
+        for path in (*self.intake.sets.iterdir(), *self.intake.files.iterdir()):
+            if path.name not in used and time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # -- teach -------------------------------------------------------------------------------------------------------
 
