@@ -1,4 +1,5 @@
 # make demo   set up, then teach the embedded Stable Diffusion a subject and show the result
+# make studio set up, then open the studio, a web app, on this machine
 # make test   set up, then run the tests
 # make check  ruff, mypy and the tests: what every commit passes
 # make bench  speed and memory beside peft and diffusers, into benchmarks/results/
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
-.PHONY: demo test check bench bench-accuracy bench-methods assets-eval clean
+.PHONY: demo studio test check bench bench-accuracy bench-methods assets-eval clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -22,6 +23,9 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/vismodal dreambooth
+
+studio: $(READY)
+	$(BIN)/vismodal studio
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2

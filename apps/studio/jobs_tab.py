@@ -32,21 +32,22 @@ class JobsTab:
         with gr.Row():
             self.sure = gr.Checkbox(False, label="Yes, delete it with all it made", min_width=160)
             self.delete = gr.Button("Delete", size="sm", variant="stop", min_width=100)
+        self.seen = gr.State("")
         self.log = gr.Textbox(label="What it says", lines=10, max_lines=10, elem_classes="log", interactive=False)
 
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
         """To the page's events."""
-        shown = [self.table, self.job, self.log]
-        on(page.load, self.show, [self.job], shown, quiet=True)
-        on(timer.tick, self.show, [self.job], shown, quiet=True)
-        on(self.job.input, self.show, [self.job], shown, quiet=True)
+        shown, given = [self.table, self.job, self.log, self.seen], [self.job, self.seen]
+        on(page.load, lambda: self.show(None), [], shown, quiet=True)
+        on(timer.tick, self.show, given, shown, quiet=True)
+        on(self.job.input, self.show, given, shown, quiet=True)
         jobs = self.studio.jobs
         for button, action in ((self.stop, jobs.stop), (self.resume, jobs.resume), (self.force, jobs.force_stop)):
             on(button.click, self._act(action), [self.job], shown)
         on(self.delete.click, self.remove, [self.job, self.sure], [self.sure, *shown])
 
-    def show(self, number: int | None) -> list[Any]:
-        """The table, the choices, and the log of the one that is chosen."""
+    def show(self, number: int | None, seen: str = "") -> list[Any]:
+        """The table and the choices where they have changed since `seen`, and the log of the one that is chosen."""
         jobs = self.studio.jobs.store.all()[::-1]
         rows = []
         for job in jobs:
@@ -57,7 +58,10 @@ class JobsTab:
         chosen = next((job for job in jobs if job.id == number), jobs[0] if jobs else None)
         choices = [(f"{job.id} · {job.title}", job.id) for job in jobs]
         log = tail(self.studio.jobs.folder(chosen)) if chosen else ""
-        return [rows, gr.update(choices=choices, value=chosen.id if chosen else None), log]
+        mark = f"{rows}"
+        if mark == seen:
+            return [gr.skip(), gr.skip(), log, mark]
+        return [rows, gr.update(choices=choices, value=chosen.id if chosen else None), log, mark]
 
     def _act(self, action: Any) -> Any:
         def act(number: int | None) -> list[Any]:

@@ -61,7 +61,7 @@ class Recognise:
             raise InputError("there are no classes yet; upload a zip with a folder of pictures for each")
         job = self.studio.learn(pictures, title, {"method": method, "epochs": int(epochs)})
         self.studio.jobs.tick()
-        return self.watch.show(job.id, "")
+        return self.watch.show(job.id)
 
     def question(self, number: int | None, files: list[str] | None) -> list[Any]:
         """Asks what is in pictures."""

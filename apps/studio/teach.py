@@ -137,7 +137,7 @@ class Teach:
             given[name] = int(value) if value is not None and name in WHOLE else value
         job = self.studio.teach(photos, prompt, word, preset, model, title, given)
         self.studio.jobs.tick()
-        return self.watch.show(job.id, "")
+        return self.watch.show(job.id)
 
 
 def square(image: Any, side: int = 160) -> Any:

@@ -18,6 +18,9 @@ from .progress import losses, progress, samples, tail
 from .store import ACTIVE, Job
 from .work import Studio
 
+Seen = tuple[str, str]  # what a page shows already: the choices, and pictures with the curve
+UNSEEN = ("", "")
+
 
 class Watch:
     """The panel for jobs of some kinds.
@@ -49,7 +52,7 @@ class Watch:
             )
         with gr.Accordion("What it says", open=False):
             self.log = gr.Textbox(lines=10, max_lines=10, show_label=False, elem_classes="log", interactive=False)
-        self.seen = gr.State("")
+        self.seen = gr.State(UNSEEN)
 
     def outputs(self) -> list[Any]:
         buttons = [self.stop, self.resume, self.force, self.extend]
@@ -57,7 +60,7 @@ class Watch:
 
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
         """To the timer, to the page's beginning, and to its own buttons."""
-        on(page.load, lambda: self.show(None, ""), [], self.outputs(), quiet=True)
+        on(page.load, lambda: self.show(None, UNSEEN), [], self.outputs(), quiet=True)
         on(timer.tick, self.show, [self.job, self.seen], self.outputs(), quiet=True)
         on(self.job.input, self.show, [self.job, self.seen], self.outputs(), quiet=True)
         jobs = self.studio.jobs
@@ -75,24 +78,27 @@ class Watch:
         active = [job for job in jobs if job.state in ACTIVE]
         return next((job for job in jobs if job.id == number), None) or next(iter([*active, *jobs]), None)
 
-    def show(self, number: int | None, seen: str) -> list[Any]:
-        """All parts of the panel; pictures and curve only where they have changed since `seen`."""
+    def show(self, number: int | None, seen: Seen = UNSEEN) -> list[Any]:
+        """All parts of the panel; the choices, and pictures with the curve, only where they have changed since `seen`.
+
+        What is sent again would close a list that somebody has open, and take a picture from under the pointer.
+        """
         job = self.choose(number)
         if job is None:
-            return [gr.update(choices=[], value=None), "No job yet.", *self._buttons(None), *[gr.skip()] * 4, ""]
+            return [gr.update(choices=[], value=None), "No job yet.", *self._buttons(None), *[gr.skip()] * 4, UNSEEN]
         folder = self.studio.jobs.folder(job)
         now = progress(job.state, folder)
         sheets, points = samples(folder), losses(folder)
-        mark = f"{job.id} {job.started} {len(sheets)} {points[-1:]}"
         choices = [(f"{j.id} · {j.title} · {j.state}", j.id) for j in self.mine()]
+        now_seen = (f"{job.id} {choices}", f"{job.id} {job.started} {len(sheets)} {points[-1:]}")
         text = f"{now}" + (f"\n\n{plain(job.error)}" if job.error else "")
         parts: list[Any] = [gr.skip(), gr.skip(), gr.skip()]
-        if mark != seen:
+        if now_seen[1] != seen[1]:
             shown = [(self.served(path, f"step-{step}.png"), f"step {step}") for step, path in sheets]
             pair = (shown[0][0], shown[-1][0]) if shown else None
             parts = [curve(points), pair, shown[::-1]]
-        buttons = self._buttons(job)
-        return [gr.update(choices=choices, value=job.id), text, *buttons, *parts, tail(folder), mark]
+        chosen = gr.update(choices=choices, value=job.id) if now_seen[0] != seen[0] else gr.skip()
+        return [chosen, text, *self._buttons(job), *parts, tail(folder), now_seen]
 
     def _buttons(self, job: Job | None) -> list[Any]:
         state = job.state if job else ""
@@ -101,7 +107,7 @@ class Watch:
         return [gr.update(interactive=active) for active in live]
 
     def _act(self, action: Any) -> Any:
-        def act(number: int | None, seen: str) -> list[Any]:
+        def act(number: int | None, seen: Seen) -> list[Any]:
             if number is None:
                 raise InputError("there is no job yet; start one")
             action(self.studio.jobs.store.get(number))
@@ -109,7 +115,7 @@ class Watch:
 
         return act
 
-    def _extend(self, number: int | None, length: float, seen: str) -> list[Any]:
+    def _extend(self, number: int | None, length: float, seen: Seen) -> list[Any]:
         if number is None:
             raise InputError("there is no job yet; start one")
         self.studio.extend(number, int(length))
