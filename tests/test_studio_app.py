@@ -233,6 +233,114 @@ def test_the_page_answers_every_event_of_its_own(up):
     ]
 
 
+class Visitor:
+    """Somebody at the page: calls the handlers behind its buttons as the server does, with its checks of values."""
+
+    def __init__(self, up) -> None:
+        from gradio.state_holder import SessionState
+
+        self.up, self.blocks = up, up.page
+        self.state = SessionState(up.page)
+        functions = reversed(list(up.page.fns.values()))  # of several of one name the first
+        self.named = {getattr(function.fn, "__qualname__", ""): function for function in functions}
+        self.values: dict[int, object] = {}
+
+    def upload(self, name: str, data: bytes) -> dict:
+        """A file as the page's own upload leaves it."""
+        (path,) = httpx.post(f"{self.up.address}gradio_api/upload", files=[("files", (name, data))]).json()
+        return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+
+    def press(self, handler: str, **given: object) -> list:
+        """The outputs of a handler; inputs by their labels, and otherwise what the page shows."""
+        function = self.named[handler]
+        inputs = []
+        for block in function.inputs:
+            label = str(getattr(block, "label", ""))
+            match = next((key for key in given if label.lower().startswith(key.replace("_", " "))), None)
+            value = given.pop(match) if match else self.values.get(block._id, getattr(block, "value", None))
+            inputs.append(value)
+        assert not given, f"{handler} has no input {given}"
+        done = asyncio.run(self.blocks.process_api(function, inputs, state=self.state))
+        for block, value in zip(function.outputs, done["data"], strict=True):
+            update = isinstance(value, dict) and value.get("__type__") == "update"
+            if not update or "value" in value:
+                self.values[block._id] = value["value"] if update else value
+        return done["data"]
+
+
+def settled(up) -> None:
+    """When nothing runs and nothing waits."""
+    end = time.monotonic() + 20
+    while any(job.state in ("queued", "running", "stopping") for job in up.studio.jobs.store.all()):
+        assert time.monotonic() < end
+        up.studio.jobs.tick()
+        time.sleep(0.05)
+
+
+def test_a_visitor_goes_through_all_tabs(up):
+    visitor = Visitor(up)
+    photos = [visitor.upload("a.png", png(1, 40)), visitor.upload("*bad* <b>.png", b"no picture")]
+    _, told, squares, table, _, emptied = visitor.press("Teach.take", photos=photos)
+    assert "1 pictures taken" in told and "**1 left out:**" in told and emptied is None
+    assert len(squares["value"]) == 1 and table["value"]["data"][0][1] == "a.png"
+    visitor.press(
+        "Teach.write_captions", captions={"headers": ["", "", ""], "data": [["0001.png", "a.png", "sks runs"]]}
+    )
+    job, *_ = visitor.press("Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank=3, seed=2)
+    number = job["value"]
+    settled(up)
+    given = up.studio.jobs.settings(up.studio.jobs.store.get(number))
+    assert [given[key] for key in ("steps", "rank", "seed", "prompt")] == [5, 3, 2, "a photo of sks dog"]
+    assert (Path(given["photos"]) / "0001.txt").read_text() == "sks runs"
+    shown = visitor.press("Watch.show", job=number)
+    assert "done" in shown[1] and len(shown[8]) == 2 and len(shown[7]) == 2 and shown[6]["data"]
+
+    key = str(number)
+    sliders = visitor.press("Create.label", adapters=[key])
+    assert [slider["visible"] for slider in sliders] == [True, False, False, False]
+    visitor.press("Create.begin", prompts="sks one\nsks two", adapters=[key], seed=5)
+    settled(up)
+    words, slider, pictures, sheets, _ = visitor.press("Create.show")
+    assert "4 pictures, from seed 5" in words and slider["visible"] and len(pictures) == 4 and len(sheets) == 1
+    with pytest.raises(Exception, match="choose one or more"):
+        visitor.press("Create.begin_sweep", adapters=[])
+
+    facts, preview, card = visitor.press("Library.show", adapter=key)
+    assert "<lora:visit:0.8>" in facts and preview is None and "The card" in card
+    with pytest.raises(Exception, match="tick the box"):
+        visitor.press("Library.remove", adapter=key, yes=False)
+    assert "is deleted" in visitor.press("Library.remove", adapter=key, yes=True)[1]
+    rows, *_ = visitor.press("JobsTab.show")
+    assert number not in [row[0] for row in rows["data"]]
+
+
+def test_hostile_names_over_the_wire_leave_the_app_up_and_nothing_outside(up):
+    before = {path for path in up.folder.rglob("*") if not path.is_relative_to(up.home)}
+    names = (
+        "../../up.png",
+        "/etc/x.png",
+        "..\\..\\w.png",
+        "a\tb.png",
+        "x" * 300 + ".png",
+        ".png",
+        "CON.png",
+        "%2e%2e%2fz.png",
+    )
+    for i, name in enumerate(names):
+        answer = httpx.post(f"{up.address}gradio_api/upload", files=[("files", (name, png(i)))])
+        for path in answer.json() if answer.status_code == 200 else []:
+            assert Path(path).resolve().is_relative_to(up.home / "cache")
+            if Path(path).suffix:
+                taken = up.client.predict([{"path": path}], api_name="/upload")
+                assert list(taken["pictures"]) == ["0001.png"]
+            else:
+                assert "no usable picture" in refused(up, "upload", [{"path": path}])
+    assert {path for path in up.folder.rglob("*") if not path.is_relative_to(up.home)} - before <= set(
+        (up.folder / "got").rglob("*")
+    )
+    assert isinstance(up.client.predict(api_name="/jobs"), list)
+
+
 def test_uploads_that_nobody_uses_go_after_a_day(tmp_path):
     work = load_app("studio.work")
     studio = work.Studio(tmp_path)

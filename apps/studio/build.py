@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -20,7 +22,21 @@ from .recognise import Recognise
 from .teach import Teach
 from .work import DAY, Studio
 
+
+class Tab(Protocol):
+    """What builds itself inside a page, and is then tied to its events."""
+
+    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None: ...
+
+
 EVERY = 2.0  # seconds from one look at the disk to the next
+TABS: dict[str, Callable[[Studio, Served], Tab]] = {
+    "Teach": Teach,
+    "Create": Create,
+    "Library": Library,
+    "Recognise": Recognise,
+    "Jobs": JobsTab,
+}
 FONTS = ("system-ui", "sans-serif")
 MONO = ("ui-monospace", "monospace")
 
@@ -30,14 +46,9 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
     with gr.Blocks(title="vismodal studio", analytics_enabled=False, delete_cache=(DAY, DAY)) as blocks:
         gr.Markdown("# vismodal studio")
         timer = gr.Timer(EVERY)
-        tabs = []
-        for name, tab in (("Teach", Teach), ("Create", Create), ("Library", Library), ("Recognise", Recognise)):
+        for name, kind in TABS.items():
             with gr.Tab(name):
-                tabs.append(tab(studio, served))
-        with gr.Tab("Jobs"):
-            tabs.append(JobsTab(studio, served))
-        for tab in tabs:
-            tab.tie(timer, blocks)
+                kind(studio, served).tie(timer, blocks)
         Endpoints(studio, served).tie()
     return blocks
 

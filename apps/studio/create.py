@@ -51,7 +51,7 @@ class Create:
             label="Prompts, one a line",
             info="A line with <lora:NAME:0.8> in it is drawn by these adapters alone; <lora:none> by none.",
         )
-        self.adapters = gr.Dropdown([], label="Adapters", multiselect=True, max_choices=MOST)
+        self.adapters = gr.Dropdown([], label="Adapters", multiselect=True, max_choices=MOST, allow_custom_value=True)
         self.strengths = [
             gr.Slider(0, 2, value=1, step=0.05, label=f"Strength {i + 1}", visible=False) for i in range(MOST)
         ]

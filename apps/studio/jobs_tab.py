@@ -25,7 +25,7 @@ class JobsTab:
             label="Jobs, the newest first", column_count=6, type="array", max_height=420,
         )  # fmt: skip
         with gr.Row():
-            self.job = gr.Dropdown([], label="Job", min_width=160)
+            self.job = gr.Dropdown([], label="Job", min_width=160, allow_custom_value=True)
             self.stop = gr.Button("Stop", size="sm", min_width=100)
             self.resume = gr.Button("Resume", size="sm", min_width=100)
             self.force = gr.Button("Force stop", size="sm", variant="stop", min_width=100)

@@ -22,7 +22,7 @@ class Library:
         self.studio, self.served = studio, served
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320):
-                self.adapter = gr.Dropdown([], label="Adapter")
+                self.adapter = gr.Dropdown([], label="Adapter", allow_custom_value=True)
                 self.facts = gr.Markdown("No adapter yet: teach one, or import one.")
                 self.preview = gr.Image(label="Before and after", format="png", interactive=False, buttons=["download"])
                 with gr.Accordion("Card", open=False):
@@ -44,7 +44,7 @@ class Library:
 
     def _merging(self) -> None:
         gr.Markdown("### Merge")
-        self.several = gr.Dropdown([], label="Adapters", multiselect=True, max_choices=MOST)
+        self.several = gr.Dropdown([], label="Adapters", multiselect=True, max_choices=MOST, allow_custom_value=True)
         self.weights = [gr.Slider(-1, 2, value=0.5, step=0.05, visible=False) for _ in range(MOST)]
         with gr.Row():
             self.merged = gr.Textbox("", label="Name", placeholder="of the new one", min_width=160)

@@ -1,4 +1,8 @@
-"""What all tabs share: files that may be shown, errors as toasts, and how a handler is tied to its event."""
+"""What all tabs share: files that may be shown, errors as toasts, and how a handler is tied to its event.
+
+Lists whose choices change take any value (`allow_custom_value`): Gradio forgets a page's choices when the server ends,
+and would then refuse all that an older page shows. The handlers look up what they are given anyway.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Literal
 from vismodal.errors import InputError
 
 State = Literal["queued", "running", "stopping", "stopped", "done", "failed"]
-ACTIVE = ("running", "stopping")
+ACTIVE: tuple[State, ...] = ("running", "stopping")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Store:
         with self._open() as db:
             return [Job(*row) for row in db.execute(f"select {COLUMNS} from jobs order by id")]
 
-    def move(self, job: Job, before: Collection[State], state: State, error: str = "") -> bool:
+    def move(self, job: Job, before: tuple[State, ...], state: State, error: str = "") -> bool:
         """From one of the states `before` to another; False where somebody else was faster."""
         times = {
             "queued": "started = 0, ended = 0",

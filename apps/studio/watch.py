@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(self, studio: Studio, served: Served, kinds: Sequence[str], extends: bool, pictures: bool) -> None:
         self.studio, self.served, self.kinds = studio, served, kinds
-        self.job = gr.Dropdown(label="Job", choices=[], interactive=True)
+        self.job = gr.Dropdown(label="Job", choices=[], interactive=True, allow_custom_value=True)
         self.status = gr.Markdown("No job yet.", elem_classes="status")
         with gr.Row():
             self.stop = gr.Button("Stop and save", size="sm", interactive=False)
