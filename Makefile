@@ -1,6 +1,7 @@
 # make demo   set up, then teach the embedded Stable Diffusion a subject and show the result
 # make studio set up, then open the studio, a web app, on this machine
 # make test   set up, then run the tests
+# make stress the long forms of the studio's tests: kills, hostile uploads
 # make check  ruff, mypy and the tests: what every commit passes
 # make bench  speed and memory beside peft and diffusers, into benchmarks/results/
 # make bench-accuracy DATA=FOLDER  six small data sets against full fine-tuning and peft; goes on where it was stopped
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
-.PHONY: demo studio test check bench bench-accuracy bench-methods assets-eval clean
+.PHONY: demo studio test stress check bench bench-accuracy bench-methods assets-eval clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -35,6 +36,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses 2
+
+stress: $(READY)
+	VISMODAL_STRESS_KILLS=20 VISMODAL_STRESS_UPLOADS=200 $(BIN)/python -m pytest tests/test_studio_jobs.py tests/test_studio_intake.py
 
 bench: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/speed.py

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import random
 import struct
 import zipfile
 import zlib
@@ -125,6 +127,40 @@ def test_hostile_files_are_named_with_their_reason_and_leave_nothing(intake, tmp
         inside / "0001.png",
         inside / ".names.json",
     }
+
+
+def test_damaged_files_never_bring_it_down(intake, tmp_path):
+    """Whole pictures and zips with bytes cut, flipped, doubled or swapped; `make stress` tries 200."""
+    dice = random.Random(1)
+    whole = [
+        picture(),
+        picture(kind="jpeg"),
+        picture(kind="webp"),
+        zipped(tmp_path / "z.zip", {"a.png": picture()}).read_bytes(),
+    ]
+    folder = tmp_path / "up"
+    for number in range(int(os.environ.get("VISMODAL_STRESS_UPLOADS", "24"))):
+        data = bytearray(dice.choice(whole))
+        at, to = sorted(dice.randrange(len(data)) for _ in range(2))
+        match number % 4:
+            case 0:
+                del data[at:to]
+            case 1:
+                for place in range(at, min(to, at + 40)):
+                    data[place] = dice.randrange(256)
+            case 2:
+                data[at:at] = data[:to]
+            case 3:
+                data = data[:at] + dice.choice(whole)[to:]
+        (path,) = put(folder, {f"{number}.{dice.choice(('png', 'jpg', 'webp', 'zip'))}": bytes(data)})
+        try:
+            upload = intake.pictures([path])
+            for photo in read_photos(intake.folder(upload.id)).photos:
+                assert photo.image.mode == "RGB"
+        except InputError as error:
+            assert "no usable picture" in str(error)
+    inside = [path for path in tmp_path.rglob("*") if path.parent not in (tmp_path, folder)]
+    assert all(path.is_relative_to(intake.home) for path in inside)
 
 
 def test_hostile_zips_stay_inside(intake, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -186,6 +187,37 @@ def test_kill_9_of_the_web_process_loses_nothing_and_the_next_one_finds_the_trai
     again.stop(long)
     until(again, lambda: state(again, long) == "stopped")
     assert int((again.folder(long) / "run/saved").read_text()) == len(steps(again, long))
+    end(again)
+
+
+def test_kills_at_any_moment_lose_no_job_and_no_step(jobs, tmp_path):
+    """The web process each time, the trainer every other time; `make stress` does it 20 times."""
+    rounds = int(os.environ.get("VISMODAL_STRESS_KILLS", "2"))
+    dice = random.Random(rounds)
+    job = jobs.submit("dreambooth", "long", {"steps": 60, "pause": 0.02})
+    rest = [jobs.submit("generate", f"{i}", {"steps": 3}) for i in range(rounds)]
+    code = WEB.format(root=str(Path(__file__).parents[1]), home=str(jobs.home), script=str(tmp_path / "stand_in.py"))
+    for number in range(rounds):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as web:
+            assert web.stdout is not None and web.stdout.readline() == "up\n"
+            time.sleep(dice.random() * 0.6)
+            if number % 2:
+                jobs._signal(job, signal.SIGKILL)
+            web.kill()
+        for old in jobs.store.all():
+            if old.state in ("failed", "stopped"):
+                jobs.resume(old)
+    again = Jobs(jobs.home, command=jobs.command)
+
+    def over() -> bool:
+        for each in again.store.all():
+            if each.state in ("failed", "stopped"):
+                again.resume(each)
+        return all(each.state == "done" for each in again.store.all())
+
+    until(again, over, 60)
+    assert [each.id for each in again.store.all()] == [job.id, *(each.id for each in rest)]
+    assert steps(again, job) == list(range(1, 61))
     end(again)
 
 
