@@ -189,7 +189,7 @@ def test_what_is_refused_and_that_no_path_comes_in(up):
     count = len(up.studio.jobs.store.all())
     assert "no file that was uploaded" in refused(up, "upload", [{"path": str(secret)}])
     assert "no file that was uploaded" in refused(up, "upload", [{"path": f"{up.home}/cache/../studio.db"}])
-    assert "no file that was uploaded" in refused(up, "bring", {"path": str(up.home / "studio.db")})
+    assert "no file that was uploaded" in refused(up, "bring", {"path": str(up.home / "studio.db")}, "sd1")
     assert "not here any more" in refused(up, "teach", "../../etc", "a photo of sks dog")
     assert "there is no model '/etc'" in refused(up, "teach", "example", model="/etc")
     for name in ("photos", "output", "class_folder", "model"):
@@ -202,6 +202,9 @@ def test_what_is_refused_and_that_no_path_comes_in(up):
     assert "no prompt" in refused(up, "draw", [" "])
     assert "there is no format" in refused(up, "export", "my-dog", "../x")
     assert "two adapters or more" in refused(up, "merge", [["my-dog", 1]])
+    (up.studio.home / "cache" / "a.safetensors").write_bytes(b"x")
+    assert "there is no model ''" in refused(up, "bring", {"path": f"{up.home}/cache/a.safetensors"}, "")
+    assert "pickles are never read" in refused(up, "bring", {"path": f"{up.home}/cache/a.safetensors"}, "sd1")
     assert "there is no job 999" in refused(up, "job", 999)
     assert "&lt;b&gt;" in refused(up, "export", "<b>", "kohya")  # toasts are HTML
     assert len(up.studio.jobs.store.all()) == count
@@ -231,6 +234,20 @@ def test_the_page_answers_every_event_of_its_own(up):
     assert not [
         f.api_name for f in blocks.fns.values() if f.api_visibility == "public" and not isinstance(f.api_name, str)
     ]
+
+
+def test_which_base_model_draws(tmp_path):
+    studio = load_app("studio.work").Studio(tmp_path, {"tiny-sd": None, "mine": "/models/mine"})
+    assert studio._base("", []) is None and studio._base("mine", []) == "/models/mine"
+    assert studio._base("", ["/models/mine", "sd1"]) == "/models/mine"  # an import goes with any model of its kind
+    assert studio._base("mine", ["sd1"]) == "/models/mine" and studio._base("", [None, None]) is None
+    for model, made_on, why in (
+        ("", ["sd1"], "choose the base model"),
+        ("tiny-sd", ["/models/mine"], "another model"),
+        ("", [None, "/models/mine"], "different models"),
+    ):
+        with pytest.raises(InputError, match=why):
+            studio._base(model, made_on)
 
 
 class Visitor:
@@ -286,15 +303,19 @@ def test_a_visitor_goes_through_all_tabs(up):
     visitor.press(
         "Teach.write_captions", captions={"headers": ["", "", ""], "data": [["0001.png", "a.png", "sks runs"]]}
     )
-    job, *_ = visitor.press("Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank=3, seed=2)
+    job, *_ = visitor.press(
+        "Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank=3, seed=2, other="sites: [+ff]"
+    )
     number = job["value"]
     settled(up)
     given = up.studio.jobs.settings(up.studio.jobs.store.get(number))
-    assert [given[key] for key in ("steps", "rank", "seed", "prompt")] == [5, 3, 2, "a photo of sks dog"]
+    assert [given[key] for key in ("steps", "rank", "seed", "sites")] == [5, 3, 2, ["+ff"]]
     assert (Path(given["photos"]) / "0001.txt").read_text() == "sks runs"
     shown = visitor.press("Watch.show", job=number)
     assert "done" in shown[1] and len(shown[8]) == 2 and len(shown[7]) == 2 and shown[6]["data"]
 
+    with pytest.raises(Exception, match="one a line"):
+        visitor.press("Teach.begin", other="no settings")
     key = str(number)
     sliders = visitor.press("Create.label", adapters=[key])
     assert [slider["visible"] for slider in sliders] == [True, False, False, False]

@@ -10,6 +10,7 @@ Jobs are processes of their own: they go on when the page is closed and when the
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -54,12 +55,13 @@ class Config:
 def main(config: Config) -> None:
     """Serves until it is interrupted. Raises `InputError` for settings that cannot be used."""
     password = checked(config)
+    asked = threading.Event()
     with serving(config, password) as address:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: asked.set())
         print(f"studio: {address}\nfolder: {config.home.resolve()}\nCtrl-C ends it; jobs go on", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print("studio: ended; jobs that run go on, and are found again at the next start", file=sys.stderr)
+        asked.wait()
+    print("studio: ended; jobs that run go on, and are found again at the next start", file=sys.stderr)
 
 
 def checked(config: Config) -> str | None:

@@ -136,9 +136,9 @@ class Endpoints:
             raise InputError(f"job {number} has no file: it is {job.state}")
         return self._file(self.served(self._folder(number) / RUN / "adapter.safetensors"))
 
-    def bring(self, file: dict, title: str = "", base: str = "") -> dict:
-        """Imports a safetensors file of diffusers, kohya or LyCORIS, as a job."""
-        return self._job(self.studio.bring(self.served.uploaded(str(file.get("path"))), title, base))
+    def bring(self, file: dict, base: str, title: str = "") -> dict:
+        """Imports a safetensors file of diffusers, kohya or LyCORIS for sd1, sd2, sdxl or a model, as a job."""
+        return self._job(self.studio.bring(self.served.uploaded(str(file.get("path"))), base, title))
 
     def merge(self, adapters: list, title: str = "") -> dict:
         """The weighted sum of adapters, [id, weight] each, as a job."""

@@ -29,7 +29,7 @@ from vismodal.files import write_file
 from .archives import MIB, Archives, Entry, is_zip, read
 from .folders import size_of
 
-NAMES = ".names.json"  # what the pictures of a set were called, by the names that they have now
+CALLED = ".names.json"  # what the pictures of a set were called, by the names that they have now
 _CAPTION = 2**16
 
 
@@ -100,7 +100,7 @@ class Intake:
                 raise InputError("pictures of one class only; zip a folder for each class, with its pictures in it")
             for new, text in captions.items():
                 write_file((folder / new).with_suffix(".txt"), text)
-            write_file(folder / NAMES, json.dumps({new: str(old.path) for new, old in taken.items()}))
+            write_file(folder / CALLED, json.dumps({new: str(old.path) for new, old in taken.items()}))
             folder.rename(self.sets / name)
         shown_names = {new: str(old.path) for new, old in taken.items()}
         return Upload(name, shown_names, tuple(one_line(text) for text in rejected))
@@ -114,7 +114,7 @@ class Intake:
     def captions(self, name: str) -> list[tuple[str, str, str]]:
         """Name, what it was called, and caption of each picture of a set."""
         folder = self.folder(name)
-        called = json.loads((folder / NAMES).read_text())
+        called = json.loads((folder / CALLED).read_text())
         texts = {new: (folder / new).with_suffix(".txt") for new in called}
         return [
             (new, old, text_caption(texts[new]) or "" if texts[new].exists() else "") for new, old in called.items()
@@ -123,7 +123,7 @@ class Intake:
     def caption(self, name: str, picture: str, text: str) -> None:
         """Writes the caption of a picture; an empty one removes it."""
         folder = self.folder(name)
-        if picture not in json.loads((folder / NAMES).read_text()):
+        if picture not in json.loads((folder / CALLED).read_text()):
             raise InputError(f"there is no picture {picture!r} in this set")
         if len(text.encode()) > _CAPTION:
             raise InputError("the caption is too long; a text encoder reads about 75 words")

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from vismodal.errors import InputError
+from vismodal.formats.bases import NAMES
 
 from .jobs import RUN
 from .page import Served, on, plain
@@ -53,9 +54,9 @@ class Library:
     def _importing(self) -> None:
         gr.Markdown("### Import")
         self.upload = gr.File(label="A safetensors file of diffusers, kohya or LyCORIS", file_types=[".safetensors"])
-        bases = ["", "sd1", "sd2", "sdxl", *self.studio.models]
+        bases = [*self.studio.models, *NAMES]
         with gr.Row():
-            self.base = gr.Dropdown(bases, value="", label="Base; empty: as the file says", min_width=160)
+            self.base = gr.Dropdown(bases, value=bases[0], label="The model that it is for", min_width=160)
             self.bring = gr.Button("Import", size="sm", min_width=120)
 
     def _deleting(self) -> None:
@@ -141,7 +142,7 @@ class Library:
     def begin_import(self, file: str | None, base: str) -> list[Any]:
         if file is None:
             raise InputError("there is no file yet; upload one")
-        job = self.studio.bring(self.served.uploaded(file), "", base)
+        job = self.studio.bring(self.served.uploaded(file), base)
         return [f"Importing, as job {job.id}; it will be among the adapters, or say there what is wrong.", None]
 
     def remove(self, key: str | None, sure: bool) -> list[Any]:

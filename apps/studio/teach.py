@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+import yaml
 
 from vismodal.data.photos import read_picture
 from vismodal.data.subject import PROMPT
@@ -85,6 +86,9 @@ class Teach:
                         self.numbers.append(number)
             self.encoder = gr.Checkbox(False, label="Adapt the text encoders too")
             self.flip = gr.Checkbox(False, label="Mirror photos half of the times")
+            self.rest = gr.Textbox(
+                "", lines=2, label="Other settings of vismodal dreambooth, one a line", placeholder="sites: [+ff]"
+            )
         self.start = gr.Button("Start", variant="primary")
 
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
@@ -95,7 +99,7 @@ class Teach:
         on(self.save.click, self.write_captions, [self.set, self.captions], [self.told])
         on(self.preset.change, lambda name: PRESETS[name]["steps"], [self.preset], [self.steps], quiet=True)
         fields = [self.set, self.preset, self.prompt, self.word, self.steps, self.model, self.title]
-        fields += [self.encoder, self.flip, *self.numbers]
+        fields += [self.encoder, self.flip, self.rest, *self.numbers]
         self.watch.tie(timer, page)
         on(self.start.click, self.begin, fields, self.watch.outputs())
 
@@ -127,17 +131,30 @@ class Teach:
 
     def begin(
         self, photos: str, preset: str, prompt: str, word: str, steps: int, model: str, title: str,
-        encoder: bool, flip: bool, *numbers: float | None,
+        encoder: bool, flip: bool, rest: str, *numbers: float | None,
     ) -> list[Any]:  # fmt: skip
         """Starts the training, and follows it."""
         if not photos:
             raise InputError("there are no photos yet; upload some, or use the example")
         given: dict[str, Any] = {"steps": steps, "train_text_encoder": encoder or None, "flip": flip or None}
+        given |= read_rest(rest)
         for (name, *_), value in zip(NUMBERS, numbers, strict=True):
-            given[name] = int(value) if value is not None and name in WHOLE else value
+            if value is not None:
+                given[name] = int(value) if name in WHOLE else value
         job = self.studio.teach(photos, prompt, word, preset, model, title, given)
         self.studio.jobs.tick()
         return self.watch.show(job.id)
+
+
+def read_rest(text: str) -> dict[str, Any]:
+    """Settings as `name: value`, one a line. Raises `InputError` for anything else."""
+    try:
+        given = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"the other settings cannot be read: {error}; write name: value, one a line") from error
+    if not isinstance(given, dict):
+        raise InputError(f"the other settings are {text!r}; write name: value, one a line, as in rank: 16")
+    return {str(name): value for name, value in given.items()}
 
 
 def square(image: Any, side: int = 160) -> Any:

@@ -20,8 +20,9 @@ from typing import Any
 from vismodal import cli
 from vismodal.data.subject import PROMPT
 from vismodal.errors import InputError
+from vismodal.formats.bases import NAMES
 
-from .intake import NAMES, Intake, Limits
+from .intake import CALLED, Intake, Limits
 from .jobs import RUN, SETTINGS, Jobs
 from .shelf import Shelf
 from .store import Job
@@ -124,12 +125,7 @@ class Studio:
         named = {name for text in prompts for name in re.findall(r"<lora:([^:<>]*)", text)}
         tagged = [each for each in self.shelf.adapters() if each.name in named]
         used = {each: chosen.get(each, 1.0) for each in (*chosen, *tagged)}
-        bases = {each.model for each in used}
-        if len(bases) > 1:
-            raise InputError(f"these adapters were made on different models: {', '.join(sorted(map(str, bases)))}")
-        base = self._model(model) if model else next(iter(bases), None)
-        if bases and base not in bases:
-            raise InputError(f"these adapters were made on another model than {model}; leave the choice to them")
+        base = self._base(model, [each.model for each in used])
         if tagged and not chosen:  # a prompt without tags is drawn by none
             prompts = [text if "<lora:" in text else f"{text} <lora:none>" for text in prompts]
         if compare and not sweep:
@@ -148,12 +144,10 @@ class Studio:
 
     # -- library -----------------------------------------------------------------------------------------------------
 
-    def bring(self, file: Path, title: str = "", base: str = "") -> Job:
+    def bring(self, file: Path, base: str, title: str = "") -> Job:
         """Imports an adapter of diffusers, kohya or LyCORIS; `base` is sd1, sd2, sdxl or a model of the studio's."""
-        kept = self.intake.adapter(file)
-        given = {"files": [str(kept)], "to": "vismodal"}
-        if base:
-            given["base"] = base if base in ("sd1", "sd2", "sdxl") else self._model(base) or EMBEDDED
+        base = base if base in NAMES else self._model(base) or EMBEDDED
+        given = {"files": [str(self.intake.adapter(file))], "to": "vismodal", "base": base}
         return self._submit("convert", title or file.stem, given)
 
     def export(self, key: str, to: str) -> Job:
@@ -198,7 +192,7 @@ class Studio:
             raise InputError(f"job {number} has no answers: it is {job.state}")
         given: list[dict[str, Any]] = json.loads((self.jobs.folder(job) / "said.txt").read_text(encoding="utf-8"))
         folder = Path(self.jobs.settings(job)["images"][0])
-        called = json.loads((folder / NAMES).read_text()) if folder.is_dir() else {}
+        called = json.loads((folder / CALLED).read_text()) if folder.is_dir() else {}
         return [{**one, "file": called.get(Path(one["file"]).name, Path(one["file"]).name)} for one in given]
 
     # -- small parts -------------------------------------------------------------------------------------------------
@@ -207,6 +201,18 @@ class Studio:
         if name not in self.models:
             raise InputError(f"there is no model {name!r}; choose one of {', '.join(self.models)}")
         return self.models[name]
+
+    def _base(self, model: str, made_on: Sequence[str | None]) -> str | None:
+        """The model to draw with: the one that is chosen, or else the adapters'. Raises `InputError` where they differ."""
+        known = {each for each in made_on if each not in NAMES}
+        if len(known) > 1:
+            raise InputError(f"these adapters were made on different models: {', '.join(sorted(map(str, known)))}")
+        if not model and made_on and not known:
+            raise InputError(f"these adapters are for any model of {made_on[0]}; choose the base model")
+        base = self._model(model) if model else next(iter(known), None)
+        if known and base not in known:
+            raise InputError(f"these adapters were made on another model than {model}; leave the choice to them")
+        return base
 
     def _allowed(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that a page or a client may give."""
