@@ -203,7 +203,7 @@ class Studio:
         return self.models[name]
 
     def _base(self, model: str, made_on: Sequence[str | None]) -> str | None:
-        """The model to draw with: the one that is chosen, or else the adapters'. Raises `InputError` where they differ."""
+        """The model to draw with: the chosen one, or that of the adapters. Raises `InputError` where they differ."""
         known = {each for each in made_on if each not in NAMES}
         if len(known) > 1:
             raise InputError(f"these adapters were made on different models: {', '.join(sorted(map(str, known)))}")
