@@ -250,6 +250,21 @@ def test_which_base_model_draws(tmp_path):
             studio._base(model, made_on)
 
 
+def test_a_merge_knows_its_model_without_its_parts(tmp_path):
+    studio = load_app("studio.work").Studio(tmp_path, {"mine": "/models/mine"})
+    parts = [studio.teach("example", title=name, model="mine") for name in "ab"]
+    for job in parts:
+        (studio.jobs.folder(job) / "run").mkdir()
+        (studio.jobs.folder(job) / "run/adapter.safetensors").write_bytes(b"x")
+    merged = studio.merge([["a", 1], ["b", 0.5]])
+    (studio.jobs.folder(merged) / "run").mkdir()
+    (studio.jobs.folder(merged) / "run/adapter.safetensors").write_bytes(b"x")
+    for job in parts:
+        studio.jobs.delete(job)
+    (left,) = studio.shelf.adapters()
+    assert (left.name, left.model) == ("a-b", "/models/mine")
+
+
 class Visitor:
     """Somebody at the page: calls the handlers behind its buttons as the server does, with its checks of values."""
 

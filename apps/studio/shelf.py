@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from vismodal.errors import InputError
 from .jobs import RUN, Jobs
 from .store import Job
 
-PREVIEWS = ("sheet.png",)
+MADE_ON = "made_on.json"  # in the folder of a merge: the base model of its parts
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Adapter:
     @property
     def preview(self) -> Path | None:
         """Before and after, where it was trained here."""
-        return next((path for name in PREVIEWS if (path := self.file.with_name(name)).is_file()), None)
+        path = self.file.with_name("sheet.png")
+        return path if path.is_file() else None
 
     @property
     def card(self) -> str:
@@ -86,7 +88,7 @@ class Shelf:
             name = f"{name}-{job.id}" if name in names else name
             names.add(name)
             words = str(settings.get("prompt") or "")
-            yield Adapter(job.id, name, job.title, self._model(settings), words, file, file.stat().st_size)
+            yield Adapter(job.id, name, job.title, self._model(job, settings), words, file, file.stat().st_size)
 
     def _settings(self, job: Job) -> dict[str, Any] | None:
         """Of a job that makes an adapter for pictures; None of any other."""
@@ -95,14 +97,11 @@ class Shelf:
         settings = self.jobs.settings(job)
         return settings if settings.get("to", "vismodal") == "vismodal" else None
 
-    def _model(self, settings: dict[str, Any]) -> str | None:
+    def _model(self, job: Job, settings: dict[str, Any]) -> str | None:
+        made_on = self.jobs.folder(job) / MADE_ON
         if "base" in settings:  # of an import
             return None if settings["base"] == "tiny-sd" else str(settings["base"])
-        if settings.get("adapters"):  # of a merge: as its first one
-            folder = Path(settings["adapters"][0]).parent.parent.name
-            jobs = [job for job in self.jobs.store.all() if job.folder == folder]
-            return self._model(self.jobs.settings(jobs[0])) if jobs else None
-        return settings.get("model")
+        return json.loads(made_on.read_text()) if made_on.is_file() else settings.get("model")
 
 
 def _slug(title: str) -> str:

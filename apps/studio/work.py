@@ -20,11 +20,12 @@ from typing import Any
 from vismodal import cli
 from vismodal.data.subject import PROMPT
 from vismodal.errors import InputError
+from vismodal.files import write_file
 from vismodal.formats.bases import NAMES
 
 from .intake import CALLED, Intake, Limits
 from .jobs import RUN, SETTINGS, Jobs
-from .shelf import Shelf
+from .shelf import MADE_ON, Shelf
 from .store import Job
 
 EXAMPLE = "example"  # the photos of the embedded subject
@@ -166,7 +167,9 @@ class Studio:
         if len({each.model for each, _ in chosen}) > 1:
             raise InputError("these adapters were made on different models; merge those of one")
         given = {"adapters": [str(each.file) for each, _ in chosen], "weights": [weight for _, weight in chosen]}
-        return self._submit("merge", title or " + ".join(each.name for each, _ in chosen), given)
+        job = self._submit("merge", title or " + ".join(each.name for each, _ in chosen), given)
+        write_file(self.jobs.folder(job) / MADE_ON, json.dumps(chosen[0][0].model))  # which may be deleted
+        return job
 
     # -- recognise ---------------------------------------------------------------------------------------------------
 
