@@ -63,8 +63,8 @@ KINDS = {
 
 
 def runner(kind: str, arguments: Sequence[str]) -> list[str]:
-    """The command line of a job."""
-    return [sys.executable, str(Path(__file__).with_name("runner.py")), kind, *arguments]
+    """The command line of a job; with -P the studio's own files hide no module of that name."""
+    return [sys.executable, "-P", str(Path(__file__).with_name("runner.py")), kind, *arguments]
 
 
 @dataclass
