@@ -31,7 +31,8 @@ from torch.nn import functional as F
 import vismodal as vm
 from vismodal.callbacks import Callback
 from vismodal.data.photos import pixels
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.presets import sites_of
 from vismodal.paths import asset
 from vismodal.train import Micro, Plan, fit

@@ -15,7 +15,7 @@ import torch
 from contest import SEARCH
 from contestants import FULL, contestants
 from measure import kept_bytes
-from timm.layers import set_fused_attn
+from timm.layers import set_fused_attn, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,13 +28,11 @@ from vismodal.draw import seed_of
 from vismodal.methods import NOAH, Method
 from vismodal.train import Micro, Plan, fit
 
-set_fused_attn(False)  # on a processor the backward of torch's fused attention is a quarter of a training step
-
 Model = Literal["vit-s", "tiny-vit"]
 Row = dict[str, Any]
 
 PROBE, PEER, OURS = "linear probe", "peft LoRA", "LoRA"
-CORE = (FULL, PROBE, PEER, OURS)  # of vit-s; the others are candidates for the best two
+CORE = (FULL, PROBE, PEER, OURS)  # of vit-s; the others are candidates for the best two: in methods.md good and quick
 RANK, SITES, TARGETS = 8, ("attn.qkv",), ("qkv",)  # of both LoRAs
 WEIGHTS = "weights/vit_small_patch14_dinov2_saliency.safetensors"
 
@@ -59,8 +57,6 @@ VIT_S: Mapping[str, Contestant] = {
     PEER: Contestant("peft", 3e-3),
     OURS: Contestant("ours", 3e-3, vm.LoRA(rank=RANK, sites=SITES)),
     "Convpass": Contestant("ours", 1e-3, vm.Convpass()),
-    "FacT-TT": Contestant("ours", 3e-3, vm.FacT()),
-    "RepAdapter": Contestant("ours", 3e-3, vm.RepAdapter()),
     "Pfeiffer": Contestant("ours", 1e-3, vm.Pfeiffer()),
     "SSF": Contestant("ours", 3e-3, vm.SSF()),
 }
@@ -126,8 +122,14 @@ def source(model: Model, data: Path) -> Source:
 
 @cache
 def base(model: Model, data: Path) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The pretrained model, which contestants copy, and its preprocessing."""
-    vision = load_vision(source(model, data), classes=2)
+    """The pretrained model, which contestants copy, and its preprocessing. It attends by plain matrix products: on a
+    processor the backward of torch's fused attention is a quarter of a training step."""
+    fused = use_fused_attn()
+    set_fused_attn(False)
+    try:
+        vision = load_vision(source(model, data), classes=2)
+    finally:
+        set_fused_attn(fused)
     return vision.model.requires_grad_(False), vision.config
 
 

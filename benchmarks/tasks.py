@@ -17,8 +17,9 @@ from torch.nn import functional as F
 import vismodal as vm
 from vismodal.data.photos import pixels
 from vismodal.diffusion import losses
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.encode import draw_latents, encode_images, encode_prompts, native_size
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.processes import noise_schedule
 from vismodal.draw import generator, shuffled
 from vismodal.evaluation import emoji_tasks

@@ -28,7 +28,7 @@ class Config:
     """Write adapters into the weights of their base model: a folder for programs that know nothing of adapters.
 
     Args:
-        adapters: files of vismodal, made on that model. They are added in this order.
+        adapters: files of vismodal, diffusers, kohya or LyCORIS, made on that model. They are added in this order.
         out: folder to write; or, for one adapter, a .safetensors file: the adapter itself, at another strength.
         model: base model: a folder of diffusers, transformers, timm or open_clip, or a name. An adapter of vismodal
             classify knows its own.
@@ -49,7 +49,7 @@ def main(config: Config) -> Path:
     """Writes the model, and says how to load it."""
     if not config.adapters:
         raise InputError("no adapter; write its file, such as dog.safetensors")
-    adapters = read_all(config.adapters, config.out, folder=True)
+    adapters = read_all(config.adapters, config.out, config.model, folder=True)
     assert config.out is not None
     strengths = config.strengths or (1.0,) * len(adapters)
     if len(strengths) != len(adapters):

@@ -2,42 +2,41 @@
 
     vismodal bench emoji --data DATA
     vismodal bench emoji --data DATA --methods lora "lora(rank=2)" "tune(sites=('norm',), lr=1e-3)"
+    vismodal bench emoji --data DATA --methods textualinversion "lora + textualinversion"
     vismodal bench emoji --config runs/bench-emoji-1/config.yaml --resume --methods lora tune   # lora is not run again
 
 DATA holds `emoji/{noto,fluent}` and `weights/`. The model draws Noto's emoji; the same emoji by Fluent were kept from
 its UNet, so what an adapter should draw is known. `vismodal/evaluation/` has the tasks (`emoji_tasks.py`) and scores,
 each by its definition (`emoji_scores.py`), `vismodal/entries.py` the methods' settings. Everybody learns from the same
-batches, noise and noise levels, for the same steps; what is scored was loaded from the saved file.
+batches, noise and noise levels, for the same steps; what is scored was loaded from the saved file. With textual
+inversion the tasks' word becomes a new one: alone, with crossattention (Custom Diffusion), with LoRA (pivotal tuning).
 """
 
 from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 
 import vismodal as vm
 from vismodal import runs
-from vismodal.callbacks import Progress
 from vismodal.data.emoji import prompt_for
 from vismodal.data.photos import Photo
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
-from vismodal.diffusion.encode import native_size
 from vismodal.diffusion.kinds import Pipe
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.words import teach
 from vismodal.draw import seed_of
 from vismodal.entries import Entry, entry
 from vismodal.errors import InputError
 from vismodal.evaluation import emoji_tasks
+from vismodal.evaluation.contest import Lesson, adapt, learn, worded
 from vismodal.evaluation.drawn import Drawn, draw, remembered
 from vismodal.evaluation.emoji_scores import Truth, answers, asked_scores, plain_scores, through
 from vismodal.evaluation.emoji_tasks import Emojis, Question, Task
@@ -46,7 +45,7 @@ from vismodal.fingerprint import fingerprint
 from vismodal.paths import asset
 from vismodal.reports.emoji import Result, write_results
 from vismodal.runs import known
-from vismodal.train import Plan, fit
+from vismodal.train import Plan
 
 Name = Literal["style", "subject"]
 
@@ -57,7 +56,8 @@ class Config:
 
     Args:
         data: folder that holds emoji/noto, emoji/fluent, and the judge's weights in weights/.
-        methods: by name, or with options and a learning rate: lora "lora(rank=4, lr=2e-3)" tune.
+        methods: by name, or with options and a learning rate: lora "lora(rank=4, lr=2e-3)" tune. Several with + between
+            learn together: "lora + textualinversion(vectors=(4,))".
         tasks: style, subject.
         model: folder of a model that draws Noto emoji as tiny-sd does. Without it, the embedded one.
         output: folder for the results. Without it, the next free runs/bench-emoji-N.
@@ -178,11 +178,12 @@ def run(config: Config) -> Path:
     judge = dino(data)
     accelerator = runs.start_accelerator("no", None)
     pipe = load_pipeline(config.model or asset("tiny-sd"), device=accelerator.device)
-    for each in entries:
-        adapt(pipe, each, config.seed).detach()  # what does not fit is told before anything is written
+    tasks = tasks_of(config, emojis)
+    for task in tasks:
+        for each in entries:  # what does not fit is told before anything is written
+            adapt(pipe, worded(pipe, each, config.word, task.begin), config.seed).detach()
     folder = runs.claim(config.output, "bench-emoji", config.resume, accelerator)
     config = replace(config, output=folder)
-    tasks = tasks_of(config, emojis)
     runs.save_config(config, folder)
     bench = Bench(config, pipe, accelerator, emojis, emoji_tasks.plain(emojis, known(config.plain)), folder)
     truth = Truth(judge, emojis, known(config.truths), config.seed)
@@ -226,7 +227,7 @@ def measure(bench: Bench, truth: Truth, task: Task, entries: Sequence[Entry]) ->
         "base": kept(bench, task, "base", lambda: Drawn(bench.draw_all(task), {})),
         "base, other seeds": kept(bench, task, "other-seeds", lambda: Drawn(bench.draw_all(task, "other "), {})),
     }
-    for e in entries:
+    for e in [worded(bench.pipe, each, bench.config.word, task.begin) for each in entries]:
         drawn[e.label] = kept(bench, task, e.slug, partial(contest, bench, task, e), **e.identity)
     base = drawn["base"].pictures["plain"]
     for label, d in drawn.items():
@@ -255,48 +256,25 @@ def kept(bench: Bench, task: Task, name: str, make: Callable[[], Drawn], **ident
 # -- one method ------------------------------------------------------------------------------------------------------
 
 
-def adapt(pipe: Pipe, each: Entry, seed: int) -> vm.Adapter:
-    """The contestant on its parts of the pipeline."""
-    return vm.adapt(each.models(pipe), each.method, "bench", seed=seed_of(seed, "adapter"))
-
-
 def contest(bench: Bench, task: Task, each: Entry) -> Drawn:
     """Adapts, saves, loads again what was saved, and draws."""
+    c, pipe = bench.config, bench.pipe
     file = bench.folder / task.name / f"{each.slug}.safetensors"
-    adapter = adapt(bench.pipe, each, bench.config.seed)
+    plan = Plan(known(c.steps), seed=c.seed, schedule="cosine", warmup=c.warmup)
+    adapter = adapt(pipe, each, c.seed)
     try:
-        minutes = learn(bench, task, each, adapter) / 60
+        minutes = learn(pipe, each, adapter, Lesson(task, plan, c.batch, c.prior), bench.accelerator) / 60
         vm.save(adapter, file)
-        facts = {"parameters": adapter.num_parameters, "bytes": file.stat().st_size, "minutes": minutes, "lr": each.lr}
+        lr = each.members[0].lr
+        facts = {"parameters": adapter.num_parameters, "bytes": file.stat().st_size, "minutes": minutes, "lr": lr}
     finally:
         adapter.detach()
-    loaded = vm.load(each.models(bench.pipe), file, "bench")
+    loaded = vm.load(each.models(pipe), file, "bench")
     try:
+        teach(pipe, loaded)
         return Drawn(bench.draw_all(task), facts)
     finally:
         loaded.detach()
-
-
-def learn(bench: Bench, task: Task, each: Entry, adapter: vm.Adapter) -> float:
-    """Trains; the seconds that it took. Raises KeyboardInterrupt if somebody stopped it."""
-    c, pipe = bench.config, bench.pipe
-    pictures = partial(Pictures, pipe, size=native_size(pipe))
-    sets = [pictures("learnt", task.learnt.images, task.learnt.captions)]
-    if task.usual and c.prior:
-        sets.append(pictures("usual", task.usual.images, task.usual.captions))
-    prompts = Prompts(pipe, cache="text_encoder" not in each.parts)
-    loss = denoising(pipe, sets, prompts, c.batch // len(sets), Weights(prior=c.prior))
-    optimizer = torch.optim.AdamW(adapter.groups(each.lr))
-    plan = Plan(known(c.steps), seed=c.seed, schedule="cosine", warmup=c.warmup)
-    for model in adapter.models.values():
-        model.train()  # dropout, where the method has any
-    start = time.perf_counter()
-    outcome = fit(loss, adapter, optimizer, plan=plan, accelerator=bench.accelerator, callbacks=[Progress()])
-    for model in adapter.models.values():
-        model.eval()
-    if outcome.stopped:
-        raise KeyboardInterrupt
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 
 import vismodal as vm
 from vismodal import runs
-from vismodal.callbacks import Progress, Track, read_log
+from vismodal.callbacks import read_log, watchers
 from vismodal.classification import learning
 from vismodal.classification.bench import Bench, read_data
 from vismodal.classification.classifier import save_classifier
@@ -251,11 +251,13 @@ def train(
         accelerator=accelerator,
         checkpoints=Checkpoints(place / "checkpoints", same, epoch * c.score_every, keep=1),
         log=place / "metrics.jsonl",
-        callbacks=[
-            Progress(),
+        callbacks=watchers(
+            accelerator,
+            c.track,
+            f"classify-{place.name}",
+            same,
             Validation(partial(bench.scores, seer, bench.val), adapter, place, epoch * c.score_every, epoch),
-            *([Track(accelerator, f"classify-{place.name}", same)] if c.track else []),
-        ],
+        ),
     )
     model.eval()
     if outcome.stopped:

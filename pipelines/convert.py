@@ -30,9 +30,10 @@ class Config:
         files: an adapter of vismodal, diffusers, kohya or LyCORIS, and files of tokens to go into the same file.
         to: diffusers, for load_lora_weights; kohya, for web UIs and ComfyUI; lycoris, for its own wrapper; vismodal.
         out: the safetensors file to write.
-        base: the base model: sd1, sd2, sdxl, tiny-sd or a folder of diffusers; only where the file does not tell it.
+        base: the base model: sd1, sd2, sdxl, sd3, flux, tiny-sd or a folder of diffusers; only where the file does not
+            tell it, and the folder for files of vismodal for SD3 and Flux.
         only: of a file with both, the adapter or the tokens.
-        token: the name of a token whose file holds none; the file's own name unless given.
+        token: of a file with several tokens, the one to write; of one, the name that it gets.
         force: replace a file that is there.
     """
 

@@ -29,6 +29,7 @@ from vismodal.data.subject import CLASS_PROMPT, PROMPT, subject_folder
 from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, read_adapters
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.processes import sample_as_trained
 from vismodal.diffusion.prompts import check_class, check_subject, has_word, without_word
 from vismodal.diffusion.requests import Manner, Request, draw, usual
 from vismodal.diffusion.settings import read_settings
@@ -49,8 +50,8 @@ class Config:
     """Measure personalised generators: likeness to the subject, obedience to the prompt, and what became of the rest.
 
     Args:
-        adapters: files of vismodal, or folders of runs; NAME=FILE gives one a name in the table. Each is measured
-            alone, beside the base.
+        adapters: files of vismodal, diffusers, kohya or LyCORIS, or folders of runs; NAME=FILE gives one a name in the
+            table. Each is measured alone, beside the base.
         strengths: how strongly they act, one for each or one for all.
         generated: folder of pictures that were drawn elsewhere, instead of adapters; with captions, or as vismodal
             generate leaves them, their prompts count too.
@@ -221,6 +222,7 @@ def adapters_of(
 ) -> Result:
     """Draws with the base and each adapter, and measures."""
     pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, Accelerator().device)
+    sample_as_trained(pipe, [file.header for file in files.values()])
     manner = Manner.fitting(pipe, config.resolution, known(config.steps), config.guidance)
     config = replace(config, resolution=manner.size, guidance=manner.guidance)
     warn_of_long(pipe, [*config.prompts, *config.drift_prompts, known(config.class_prompt)])

@@ -4,6 +4,7 @@
     vismodal generate "a photo of sks dog" --adapters dog.safetensors style.safetensors --strengths 0.8 0.5 --model OWNER/NAME
     vismodal generate "sks dog <lora:dog>" "my cat <lora:cat:0.7>" "a dog <lora:none>" --adapters dog.safetensors cat.safetensors
     vismodal generate "a photo of sks dog" --adapters runs/dreambooth-1/checkpoints/*.safetensors --sweep 0 0.5 1
+    vismodal generate "a drawing of a cat" --adapters runs/control-1 --conditions my_picture.png
     vismodal generate --like runs/generate-1/0000.png --count 8
 
 Each prompt of a batch has its own adapters, under guidance too, as if it had been drawn alone. From Python:
@@ -24,12 +25,24 @@ from PIL import Image
 
 import vismodal as vm
 from vismodal import runs
-from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, read_adapters
+from vismodal.diffusion.adapters import AdapterFile, Shelf, Use, digest_of, read_adapters
+from vismodal.diffusion.control import Picture, read_conditions
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.kinds import kind_of
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.processes import sample_as_trained
 from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts, usual
-from vismodal.diffusion.settings import Settings, Worn, beside, find_adapters, read_settings, write_picture
+from vismodal.diffusion.settings import (
+    Given,
+    Settings,
+    Worn,
+    beside,
+    find_adapters,
+    find_conditions,
+    read_settings,
+    sampler_of,
+    write_picture,
+)
 from vismodal.errors import InputError
 from vismodal.fingerprint import Fingerprint, fingerprint
 from vismodal.paths import asset
@@ -46,11 +59,13 @@ class Config:
         prompts: what to draw. With a tag <lora:NAME> or <lora:NAME:STRENGTH> in it, by these adapters alone; with
             <lora:none>, by none.
         prompts_file: text file with a prompt on each line, tags as above.
-        adapters: files of vismodal, folders of runs, or checkpoints of a run; NAME=FILE gives one a name for tags.
+        adapters: files of vismodal, diffusers, kohya or LyCORIS, folders of runs, or checkpoints of a run; NAME=FILE
+            gives one a name for tags.
         strengths: how strongly they act, one for each or one for all: 0 is the base, 1 the adapter.
         sweep: strengths to try instead: a sheet for each prompt and seed, with a row for each adapter, acting alone.
         seeds: of the pictures of each prompt; from one seed on, `count` of them. Without it, drawn, and printed.
         count: pictures of each prompt.
+        conditions: pictures that steer the adapters of vismodal control: FILE for all of them, or NAME=FILE for each.
         like: a png of an earlier run: all of its settings, but for those that are given.
         negative: what to lead away from.
         model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
@@ -70,6 +85,7 @@ class Config:
     sweep: tuple[float, ...] = ()
     seeds: tuple[int, ...] = ()
     count: int = 1
+    conditions: tuple[str, ...] = ()
     like: Path | None = None
     negative: str | None = None
     model: str | None = None
@@ -102,23 +118,24 @@ def main(config: Config) -> Result:
     with runs.cpu_threads(known(config.threads)):
         files = read_adapters(config.adapters)
         pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, Accelerator().device)
+        sample_as_trained(pipe, [file.header for file in files.values()])
         manner = Manner.fitting(pipe, config.resolution, known(config.steps), config.guidance, known(config.negative))
         config = replace(config, resolution=manner.size, guidance=manner.guidance)
         for_all = uses_of(config, files, before)
         texts = [parse_prompt(text, for_all) for text in config.prompts]
-        warn_of_long(pipe, [prompt for prompt, _ in texts])
         if config.sweep:
             texts = [(prompt, (Use(n, s),)) for prompt, _ in texts for n in files for s in config.sweep]
-        shelf = Shelf(pipe, files)
+        given = read_conditions(config.conditions, files, pipe, manner.size)
+        shelf = Shelf(pipe, files, {name: picture.row for name, picture in given.items()})
         requests = [Request(prompt, seed, uses) for prompt, uses in texts for seed in config.seeds]
-        for request in requests:  # what does not fit is told before anything is drawn
-            shelf.row(request.uses)
+        # what does not fit is told before anything is drawn; a new word is as long as it has vectors
+        warn_of_long(pipe, {shelf.spell(request.prompt, request.uses): request.prompt for request in requests})
         base = fingerprint(kind_of(pipe).model(pipe))
         theirs = Fingerprint(base.name, *before.base) if before else base
         if theirs.shapes != base.shapes or not theirs.same_values(base):
             print(f"warning: {config.like} was made on another model; the pictures will differ", file=sys.stderr)
         images = draw(pipe, shelf, requests, manner, config.batch)
-        return write_results(config, files, requests, images, base)
+        return write_results(config, files, given, requests, images, base, sampler_of(pipe.scheduler))
 
 
 def checked(config: Config) -> tuple[Config, Settings | None]:
@@ -169,6 +186,7 @@ def alike(config: Config, before: Settings) -> Config:
         config,
         prompts=config.prompts or (() if config.prompts_file else (before.prompt,)),
         adapters=config.adapters or tuple(find_adapters(like, before.adapters)),
+        conditions=config.conditions or (() if config.adapters else tuple(find_conditions(like, before.conditions))),
         seeds=config.seeds or (before.seed,),
         negative=before.negative if config.negative is None else config.negative,
         model=model,
@@ -180,8 +198,11 @@ def alike(config: Config, before: Settings) -> Config:
 
 def uses_of(config: Config, files: Mapping[str, AdapterFile], before: Settings | None) -> list[Use]:
     """The adapters of a prompt without tags. Raises `InputError` where strengths are too few or too many."""
-    earlier = {worn.digest: worn.strength for worn in before.adapters} if before else {}
-    given: Sequence[float] = config.strengths or [earlier.get(file.digest, 1.0) for file in files.values()]
+    worn = before.adapters if before else ()
+    earlier = {w.digest: w.strength for w in worn} | {(w.name, w.digest): w.strength for w in worn}
+    given: Sequence[float] = config.strengths or [
+        earlier.get((name, file.digest), earlier.get(file.digest, 1.0)) for name, file in files.items()
+    ]
     given = list(given) * (len(files) if len(given) == 1 else 1)
     if len(given) != len(files):
         raise InputError(f"{len(files)} adapters have {len(given)} strengths; give one for each, or one for all")
@@ -191,9 +212,11 @@ def uses_of(config: Config, files: Mapping[str, AdapterFile], before: Settings |
 def write_results(
     config: Config,
     files: Mapping[str, AdapterFile],
+    given: Mapping[str, Picture],
     requests: Sequence[Request],
     images: Sequence[Image.Image],
     base: Fingerprint,
+    sampler: str,
 ) -> Result:
     """The pictures with their settings, the sheets and the run's settings; then tells the seeds."""
     output = known(config.output)
@@ -201,6 +224,7 @@ def write_results(
     pictures: list[Path] = []
     for number, (request, image) in enumerate(zip(requests, images, strict=True)):
         worn = tuple(Worn(u.name, files[u.name].path.name, files[u.name].digest, u.strength) for u in request.uses)
+        steering = [(u.name, given[u.name].path) for u in request.uses if u.name in given]
         settings = Settings(
             prompt=request.prompt,
             negative=known(config.negative),
@@ -213,6 +237,8 @@ def write_results(
             base=(base.shapes, base.values),
             adapters=worn,
             version=vm.__version__,
+            sampler=sampler,
+            conditions=tuple(Given(name, path.name, digest_of(path)) for name, path in steering),
         )
         pictures.append(write_picture(output / f"{number:04d}.png", image, settings))
         acting = " + ".join(f"{use.name} {use.strength:g}" for use in request.uses) or "base"

@@ -28,7 +28,7 @@ class Config:
     """Merge adapters of one base model into one LoRA, which acts as all of them at once.
 
     Args:
-        adapters: files of vismodal, made on the same base.
+        adapters: files of vismodal, diffusers, kohya or LyCORIS, made on the same base.
         out: file to write.
         weights: a factor for each adapter; 1 for each unless given. 0.5 0.5 is halfway between two.
         method: linear is the weighted sum, exact unless fewer ranks are asked for; concatenated and svd are the same by
@@ -39,8 +39,8 @@ class Config:
         error: instead of rank, as many as leave this relative error at most.
         density: share of the entries that ties keeps (0.2) or dare (0.5).
         seed: of what dare keeps.
-        model: base model, needed for methods other than LoRA, PiSSA, AdaLoRA and DyLoRA, and for adapters of different
-            choices of sites: a folder or a name.
+        model: base model, needed for methods other than LoRA, PiSSA, AdaLoRA and DyLoRA, for adapters of different
+            choices of sites, and for files of others that do not tell it: a folder or a name.
     """
 
     adapters: tuple[Path, ...] = ()
@@ -61,7 +61,7 @@ def main(config: Config) -> Made:
     """Writes the merged adapter, and prints its ranks and what truncation loses."""
     if len(config.adapters) < 2:
         raise InputError("two adapters or more are needed; write their files, such as a.safetensors b.safetensors")
-    adapters = read_all(config.adapters, config.out)
+    adapters = read_all(config.adapters, config.out, config.model)
     recipe, keep = Recipe(config.method, config.density, config.seed), Keep(config.rank, config.energy, config.error)
     models = open_base(config.model, adapters).models if config.model else None
     made = merge(adapters, config.weights or None, recipe, keep, models)

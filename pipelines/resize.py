@@ -26,12 +26,13 @@ class Config:
     """Give a LoRA, PiSSA, AdaLoRA or DyLoRA fewer ranks, without its base model, and print what that loses.
 
     Args:
-        adapter: file of vismodal.
+        adapter: file of vismodal, diffusers, kohya or LyCORIS; vismodal's is written, which `vismodal convert` reads.
         out: file to write.
         rank: ranks to keep at each site, where it has more.
         energy: instead, as many as hold this share of the squared singular values of a site.
         error: instead, as many as leave this relative error of a site at most; energy is 1 - error^2.
         ranks: ranks of single sites, by glob on their names: "blocks.0.*=4". The first that matches counts.
+        base: of a file of others that does not tell it: sd1, sd2, sdxl or a folder of diffusers.
     """
 
     adapter: tuple[Path, ...] = ()
@@ -40,6 +41,7 @@ class Config:
     energy: float | None = None
     error: float | None = None
     ranks: tuple[str, ...] = ()
+    base: str | None = None
 
     POSITIONAL: ClassVar[str] = "adapter"
 
@@ -48,7 +50,7 @@ def main(config: Config) -> Made:
     """Writes the adapter with the ranks that are left, and prints them."""
     if len(config.adapter) != 1:
         raise InputError(f"one adapter is resized at a time, {len(config.adapter)} given; write its file")
-    (saved,) = read_all(config.adapter, config.out)
+    (saved,) = read_all(config.adapter, config.out, config.base)
     keep = Keep(config.rank, config.energy, config.error, dict(map(_rank, config.ranks)))
     return deliver(resize(saved, keep), config.out)
 

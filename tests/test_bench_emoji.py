@@ -16,18 +16,21 @@ from PIL import Image
 from tiny_diffusion import tiny_pipeline
 from torch import nn
 
+import vismodal as vm
 from vismodal import cli
 from vismodal.checkpoint import read
 from vismodal.data.emoji import COLOURS, HELD_OUT_MODULUS
 from vismodal.diffusion.generate import generate
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.words import teach
 from vismodal.entries import entry
 from vismodal.errors import InputError
-from vismodal.evaluation import emoji_tasks
+from vismodal.evaluation import contest, emoji_tasks
 from vismodal.evaluation.emoji_scores import Truth, answers, asked_scores, plain_scores
 from vismodal.evaluation.emoji_tasks import GROUNDS, POSES, Captioned, Question, Task
 from vismodal.evaluation.judge import Judge, dino, ground_of, likeness, placed, true_views
-from vismodal.methods import LoRA, Tune
+from vismodal.methods import LoRA, TextualInversion, Tune
+from vismodal.reports.run import grid
 
 pytest.importorskip("diffusers")
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -202,7 +205,7 @@ def test_every_score_by_hand(emojis):
 
 def test_true_pictures_score_as_what_they_are(emojis):
     truth, questions = Truth(JUDGE, emojis, views=4, seed=0), emoji_tasks.plain(emojis, 6)
-    task = Task("t", Captioned([], []), questions)
+    task = Task("t", Captioned([], []), questions, "")
     fluent, noto = (asked_scores(truth, questions, answers(task, e, 0)) for e in (emojis.fluent, emojis.noto))
     assert fluent["style"] > noto["style"] and fluent["likeness"] > noto["likeness"] and fluent["ground"] == 1
 
@@ -211,11 +214,50 @@ def test_true_pictures_score_as_what_they_are(emojis):
 
 
 def test_a_method_is_written_by_name_or_with_options():
-    assert entry("lora").method == LoRA(sites=("attn.*", "xattn.*", "mlp.*", "conv")) and entry("lora").lr > 0
+    assert entry("lora").methods == [LoRA(sites=("attn.*", "xattn.*", "mlp.*", "conv"))]
     given = entry('LoRA(rank=4, sites=("attn.q",), lr=2e-3, parts="text_encoder")')
-    assert given.method == LoRA(rank=4, sites=("attn.q",)) and (given.lr, given.parts) == (2e-3, ("text_encoder",))
-    assert entry("tune(sites=('norm',))").method == Tune(sites=("norm",))
+    assert given.methods == [LoRA(rank=4, sites=("attn.q",))]
+    assert (given.rates, given.parts) == ({"lora": 2e-3}, ("text_encoder",))
+    assert given.identity == {  # by it results of earlier runs are found
+        "method": {"method": "LoRA", "rank": 4, "sites": ("attn.q",)}, "lr": 2e-3, "parts": ["text_encoder"],
+    }  # fmt: skip
+    assert entry("tune(sites=('norm',))").methods == [Tune(sites=("norm",))]
     assert entry("lora(rank=4)").identity != entry("lora").identity
+
+
+def test_several_methods_of_an_entry_stand_around_a_plus():
+    both = entry("lora(lr=1e-3,rank=2)+TextualInversion(vectors=(4,))")
+    assert (both.label, both.slug) == (
+        "lora(lr=1e-3,rank=2) + TextualInversion(vectors=(4,))", "lora-lr-1e-3-rank-2-textualinversion-vectors-4",
+    )  # fmt: skip
+    assert both.methods == [LoRA(rank=2, sites=entry("lora").methods[0].sites), TextualInversion(vectors=(4,))]
+    assert both.rates == {"lora": 1e-3, "textualinversion": 5e-3} and both.parts == ("unet", "text_encoder")
+    assert both.identity != entry("lora(lr=1e-3, rank=2) + textualinversion").identity
+    assert entry("lora + lora").rates == {"lora": 3e-3, "lora_1": 3e-3}
+
+
+def test_settings_fit_the_unet_and_rates_are_each_methods_own(tmp_path):
+    """LoRA's kin takes every matrix and convolution that LoRA takes, the others their own places."""
+    pipe = tiny_pipeline(tmp_path)
+    places = {}
+    for name in ("lora", "dora", "loha", "lokr", "oft", "adaptformer", "pfeiffer", "crossattention"):
+        adapter = contest.adapt(pipe, contest.worded(pipe, entry(name), "sks", "a"), 0)
+        places[name] = {key.partition("/")[2] for key in adapter.modules}
+        adapter.detach()
+    assert all(places[name] == places["lora"] for name in ("dora", "loha", "lokr", "oft"))
+    assert len(places["crossattention"]) == 2 * len(places["pfeiffer"]) and places["adaptformer"] == places["pfeiffer"]
+
+    each = contest.worded(pipe, entry("lora(rank=2) + textualinversion(vectors=(3,), lr=7e-3)"), "sks", "ab")
+    adapter = contest.adapt(pipe, each, 0)
+    assert len(adapter.modules) == len(places["lora"]) + 1  # and nothing of LoRA in the text encoder
+    v = next(p for key, p in adapter.named_parameters() if key.startswith("textualinversion"))
+    rates = {id(p): group["lr"] for group in adapter.groups(each.rates) for p in group["params"]}
+    assert {rate for p, rate in rates.items() if p != id(v)} == {3e-3} and rates[id(v)] == 7e-3
+    a, b = pipe.tokenizer("ab", add_special_tokens=False).input_ids
+    table = pipe.text_encoder.get_input_embeddings().weight
+    assert torch.equal(v, table[[a, b, a]]) and not any(p.requires_grad for p in pipe.unet.conv_in.parameters())
+    with pytest.raises(InputError, match="learning rates are for lora, textualinversion, each of them; not lora"):
+        adapter.groups({"lora": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -228,6 +270,8 @@ def test_a_method_is_written_by_name_or_with_options():
         ("__import__('os').getcwd()", "describes no method"),
         ("lora(rnk=4)", "lora has no option 'rnk'; it has lr, parts, sites"),
         ("lora(rank=0)", "rank must be at least 1"),
+        ("lora + lor", "no method 'lor'"),
+        ("textualinversion(words=('dog',))", "words cannot be chosen here; the new word is the bench's own, --word"),
         ("lora(lr=0)", "lr must be a number above 0"),
         ("lora(parts='vae')", "parts are of unet and text_encoder, not 'vae'"),
     ],
@@ -271,8 +315,8 @@ def test_a_run_scores_what_the_file_holds_and_goes_on_where_it_stopped(config, c
     assert "the figures mean nothing" in capsys.readouterr().out
 
     fits = []
-    real = bench.fit
-    monkeypatch.setattr(bench, "fit", lambda *a, **k: fits.append(1) or real(*a, **k))
+    real = contest.fit
+    monkeypatch.setattr(contest, "fit", lambda *a, **k: fits.append(1) or real(*a, **k))
     with pytest.raises(InputError, match="holds a run already"):
         main(config)
     main(replace(config, methods=("lora(rank=2)", "tune(sites=('norm',))"), resume=True))
@@ -284,8 +328,6 @@ def test_a_run_scores_what_the_file_holds_and_goes_on_where_it_stopped(config, c
 
 def test_the_file_is_what_draws(config):
     """Pictures of the run = those of a fresh pipeline with the file loaded."""
-    import vismodal as vm
-
     main(replace(config, methods=("lora(rank=2, lr=1e-2)",), tasks=("subject",), steps=3))
     figures = json.loads((config.output / "metrics.json").read_text())["tasks"]["subject"]
     assert figures["lora(rank=2, lr=1e-2)"]["drift"] > 0
@@ -301,8 +343,41 @@ def test_the_file_is_what_draws(config):
             assert picture.tobytes() == sheet.crop((16 * i, 0, 16 * i + 16, 16)).tobytes()
 
 
+def test_new_words_draw_from_the_file_and_are_the_bases_again(config, monkeypatch):
+    """Textual inversion, Custom Diffusion and pivotal tuning: pictures with the word are those of a fresh pipeline with
+    the file; the run's pipeline then draws as the base did."""
+    methods = ("textualinversion(lr=2)", "crossattention + textualinversion(lr=2)", "lora(rank=2) + textualinversion")
+    pipes: list = []
+    monkeypatch.setattr(bench, "load_pipeline", lambda *a, **k: pipes.append(load_pipeline(*a, **k)) or pipes[0])
+    main(replace(config, methods=methods, tasks=("subject",)))
+    emojis = emoji_tasks.read(config.data, "thing l", 4, seed=0)
+    task = emoji_tasks.subject(emojis, "sks", 1, 1, 1, seed=0)
+    asked, seeds = [q.prompt for q in task.questions], [bench.seed_of(0, "subject", i) for i in range(3)]
+
+    def sheet(name: str) -> bytes:
+        with Image.open(config.output / "subject" / f"{name}-asked.png") as found:
+            return found.tobytes()
+
+    def drawn(pipe, prompts=asked) -> bytes:
+        with bench.runs.cpu_threads(1):
+            return grid(generate(pipe, prompts, seeds, size=16, steps=2, guidance=4.0, batch=16), 16).tobytes()
+
+    assert drawn(pipes[0]) == sheet("base") and drawn(pipes[0]) != drawn(pipes[0], [p + "." for p in asked])
+    for method in methods:
+        each, pipe = entry(method), load_pipeline(config.model)
+        file = config.output / "subject" / f"{each.slug}.safetensors"
+        adapter = vm.load(each.models(pipe), file, "x")
+        words = adapter.methods["textualinversion"]
+        assert words.words == ("sks",) and task.begin == "thing l"
+        assert words.starts == tuple(pipe.tokenizer("thing l", add_special_tokens=False).input_ids[:1])
+        v = next(p for key, p in adapter.named_parameters() if key.startswith("textualinversion"))
+        assert not torch.equal(v, pipe.text_encoder.get_input_embeddings().weight[list(words.starts)])  # it has learnt
+        teach(pipe, adapter)
+        assert drawn(pipe) == sheet(each.slug) != sheet("base")
+
+
 def test_an_interrupt_keeps_what_is_done(config, capsys, monkeypatch):
-    real = bench.denoising
+    real = contest.denoising
     seen = []
 
     def denoising(*arguments):
@@ -316,7 +391,7 @@ def test_an_interrupt_keeps_what_is_done(config, capsys, monkeypatch):
 
         return stopping
 
-    monkeypatch.setattr(bench, "denoising", denoising)
+    monkeypatch.setattr(contest, "denoising", denoising)
     two = replace(config, methods=("lora(rank=2)", "lora(rank=3)"), tasks=("style",))
     with pytest.raises(KeyboardInterrupt):
         main(two)

@@ -27,6 +27,8 @@ STRUCTURED, UNSTRUCTURED = "selective: structured", "selective: unstructured"
 LOW_RANK, DERIVATIVE = "reparameterised: low rank", "reparameterised: LoRA derivatives"
 SIDE = "efficiency: memory"
 TABLE = {
+    "T2IAdapter": Says(ADAPTER, False, False, True),
+    "IPAdapter": Says(ADAPTER, False, False, True),
     "AdaptFormer": Says(ADAPTER, False, True, True),
     "Houlsby": Says(ADAPTER, False, False, True),  # off by about 1e-4
     "Pfeiffer": Says(ADAPTER, False, True, True),
@@ -42,6 +44,7 @@ TABLE = {
     "MaPLe": Says(PROMPT, False, False, False),
     "IVLP": Says(PROMPT, False, False, False),
     "PromptSRC": Says(PROMPT, False, False, False),
+    "TextualInversion": Says(PROMPT, False, True, False),
     "IA3": Says(OTHER, True, True, True),
     "SSF": Says(OTHER, True, False, True),
     "Tune": Says(STRUCTURED, True, True, True),
@@ -91,7 +94,9 @@ def test_a_method_names_its_paper_and_explains_its_fields(method: type[Method]) 
     assert number in (module.__doc__ or "") or number in doc or method in (vm.LinearProbe,)
     own = {name for c in method.__mro__ if c is not Method and issubclass(c, Method) for name in c.__annotations__}
     own -= {"sites", "survey", "paper", "mergeable", "interpolates", "starts_at_base", "elsewhere", "quantised"}
+    own -= {"conditioned"}
     own -= {"kinds", "pair"}  # of the class, not of an instance
+    own -= {"kinds", "pair", "whole"}  # of the class, not of an instance
     docs = " ".join(c.__doc__ or "" for c in method.__mro__ if issubclass(c, Method))
     assert [name for name in own if f"{name}:" not in docs] == []
 

@@ -14,10 +14,11 @@ from tiny_diffusion import KINDS, photo_folder, tiny_kind, tiny_pipeline
 
 import vismodal as vm
 from vismodal import cli
-from vismodal.diffusion import denoise, losses
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion import losses
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.kinds import Frame, kind_of, pack, places, unpack
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.presets import adapted, sites_of
 from vismodal.diffusion.processes import Diffusion, Flow, process_of
 from vismodal.draw import generator, seed_of, shuffled
@@ -114,7 +115,7 @@ def test_the_frame_says_where_the_square_lies(models, monkeypatch, flip):
         seen.append(images)
         return torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8)
 
-    monkeypatch.setattr(denoise, "encode_images", encode)
+    monkeypatch.setattr("vismodal.diffusion.pictures.encode_images", encode)
     pipe = load_pipeline(models["sdxl"])
     columns = np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (16, 1, 3))
     pictures = [Image.fromarray(columns), Image.fromarray(columns.transpose(1, 0, 2).copy())]

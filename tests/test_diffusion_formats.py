@@ -128,7 +128,7 @@ def test_every_format_gives_the_same_picture(made, tmp_path, kind, case):
         text = any(m.startswith("text") for m in contents.layers)
         if (to == "diffusers" and case in LYCORIS) or (to == "lycoris" and text):
             with pytest.raises(
-                InputError, match=r"hold plain LoRA only.*--to kohya|one module, here the UNet.*--to kohya"
+                InputError, match=r"hold plain LoRA only.*--to kohya|one module, here the denoiser.*--to kohya"
             ):
                 write_file(contents, to, out, base)
             assert not out.exists()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from zoo import CASES, METHODS, Case, claims, fixed, shake
+from zoo import CASES, METHODS, Case, adapt, claims, fixed, shake
 
 import vismodal as vm
 from vismodal.sharding import is_sharded, whole
@@ -30,9 +30,9 @@ def gradients(case: Case, method: str, rank: int | None) -> dict[str, Tensor]:
     """Of the adapter, on the whole batch (rank None) or on this rank's half under DDP; on the same batch of two where
     a model takes more than pictures."""
     name, model = case.name, case.model()
-    idle = vm.adapt(model, METHODS["LoRA"].make(model), name="idle")
+    idle = adapt(model, "LoRA", name="idle")
     vm.use(model)
-    adapter = vm.adapt(model, METHODS[method].make(model), name="a", seed=0)
+    adapter = adapt(model, method, name="a", seed=0)
     shake(adapter)
     size = 64 if "swin" in name else 32
     x = fixed(4, 3, size, size)

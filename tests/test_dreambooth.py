@@ -23,12 +23,13 @@ import vismodal as vm
 from vismodal import cli
 from vismodal.callbacks import read_log
 from vismodal.diffusion import losses
-from vismodal.diffusion.denoise import Pictures, Prompts, Weights, denoising
+from vismodal.diffusion.denoise import Prompts, Weights, denoising
 from vismodal.diffusion.encode import warn_of_long
 from vismodal.diffusion.generate import fill_folder
 from vismodal.diffusion.load import load_pipeline
+from vismodal.diffusion.pictures import Pictures
 from vismodal.diffusion.processes import noise_schedule
-from vismodal.diffusion.prompts import has_word, without_word
+from vismodal.diffusion.prompts import has_word, prompts_for, without_word
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.errors import InputError
 from vismodal.train import Micro
@@ -465,7 +466,7 @@ def test_the_subject_word():
 
 
 def test_captions_keep_the_subject_word(photos):
-    prompts = dreambooth.prompts_for(vm_photos(photos), PROMPT, "sks")
+    prompts = prompts_for(vm_photos(photos), PROMPT, "sks")
     assert prompts == [PROMPT, f"{PROMPT}, a sleeping dog", "sks dog runs"]
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     **dict.fromkeys(("bank", "pruning", "dead", "adapter", "attach", "route"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats", "prefix"), 3),
     **dict.fromkeys(("data", "train", "callbacks", "resume", "interrupt", "runs", "draw", "reports"), 4),
+    **dict.fromkeys(("ema", "optimizers"), 4),
     **dict.fromkeys(("classification", "fewshot", "contrastive", "diffusion", "evaluation"), 4),
     **dict.fromkeys(("models", "pretrained", "clip_export", "entries", "tools"), 4),
     **dict.fromkeys(("cli", "__main__", "pipelines", "apps"), 5),

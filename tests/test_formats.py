@@ -8,9 +8,10 @@ import torch
 from tiny_diffusion import tiny_pipeline
 
 import vismodal as vm
+from vismodal.diffusion.exports import write_lora
 from vismodal.errors import InputError
-from vismodal.files import write_tensors
-from vismodal.formats import peft
+from vismodal.formats import own, peft
+from vismodal.formats.files import layers_of, read_tensors
 
 DIFFUSERS = pytest.importorskip("diffusers")
 
@@ -43,8 +44,8 @@ def randomise(adapter, size=0.3) -> None:
 
 
 def export(adapter, folder):
-    tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))
-    return write_tensors(folder / peft.FILE, tensors, header), header
+    path = write_lora(adapter, folder / peft.FILE)
+    return path, read_tensors(path)[1]
 
 
 UNET = {"where": "unet.*"}
@@ -91,27 +92,27 @@ def test_diffusers_draws_the_same_image(model, tmp_path, case):
 def test_header_covers_every_component_and_keys_have_text_model_once(model):
     pipe = load(model)
     adapter = vm.adapt({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, vm.LoRA(sites=("attn.q",), alpha=16))
-    tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))
+    tensors, header = peft.write(layers_of(adapter))
     settings = json.loads(header["lora_adapter_metadata"])
     assert settings["unet.r"] == settings["text_encoder.r"] == 8
     assert settings["unet.lora_alpha"] == settings["text_encoder.lora_alpha"] == 16
     text = [key for key in tensors if key.startswith("text_encoder.")]
     assert text and all(key.startswith("text_encoder.text_model.encoder.") for key in text)
     # a model of before transformers 5, or with a projection, has the prefix in its own names: still once
-    old = {key.replace("text_encoder.", "text_encoder.text_model."): t for key, t in adapter.state_dict().items()}
-    scaling = {key.replace("text_encoder.", "text_encoder.text_model."): 2.0 for key in adapter.modules}
-    assert peft.to_peft(old, scaling)[0].keys() == tensors.keys()
-    assert peft.to_peft(old, scaling)[1] == header
+    old = {key.replace("text_encoder.", "text_encoder.text_model."): m for key, m in adapter.modules.items()}
+    assert peft.write(own.layers_of(old, {}))[0].keys() == tensors.keys()
+    assert peft.write(own.layers_of(old, {}))[1] == header
 
 
-def test_what_the_format_cannot_hold_is_an_error(model):
+def test_what_the_format_cannot_hold_is_an_error(model, tmp_path):
     pipe = load(model)
     tuned = vm.adapt(pipe.unet, vm.Tune(sites=("bias",)), name="tuned")
-    with pytest.raises(InputError, match="hold plain LoRA only"):
-        peft.to_peft(tuned.state_dict(), peft.scaling_of(tuned.modules))
+    with pytest.raises(InputError, match="hold no bias without its weight"):
+        write_lora(tuned, tmp_path / "no.safetensors")
     tokens = vm.adapt({"text_encoder": pipe.text_encoder}, vm.LoRA(sites=("embed.tokens",)), name="tokens")
-    with pytest.raises(InputError, match=r"hold no embeddings; leave out .*token_embedding"):
-        peft.to_peft(tokens.state_dict(), peft.scaling_of(tokens.modules))
-    bare = vm.adapt(pipe.unet, vm.LoRA(sites=("attn.q",)), name="bare")
-    with pytest.raises(InputError, match=r"know unet, text_encoder.*the adapter has 'down_blocks'"):
-        peft.to_peft(bare.state_dict(), peft.scaling_of(bare.modules))
+    with pytest.raises(InputError, match=r"hold no changed embeddings; leave out .*token_embedding"):
+        write_lora(tokens, tmp_path / "no.safetensors")
+    alien = vm.adapt({"prior": pipe.unet}, vm.LoRA(sites=("attn.q",)), name="alien")
+    with pytest.raises(InputError, match=r"know unet, transformer, text_encoder.*the adapter has 'prior'"):
+        write_lora(alien, tmp_path / "no.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from their_files import changed
 from torch import Tensor, nn
 
 import vismodal as vm
@@ -59,41 +60,6 @@ def make(*methods: vm.methods) -> tuple[nn.Module, vm.Adapter]:
         for p in adapter.parameters():
             p.add_(0.3 * torch.randn(p.shape))
     return model, adapter
-
-
-def changed(W: Tensor, layer: dict[str, Tensor]) -> Tensor:
-    """What a layer makes of a weight, by the formulas that LyCORIS's and kohya's files follow."""
-    t = {name: tensor.double() for name, tensor in layer.items()}
-    W = W.detach().double()
-    if "diff" in t:
-        return W + t["diff"]
-    if "w_norm" in t:
-        return W + t["w_norm"]
-    if "oft_blocks" in t:
-        X = t["oft_blocks"]
-        blocks = []
-        for block in X:
-            A = block - block.T
-            I = torch.eye(len(block), dtype=A.dtype)
-            blocks.append(((I + A) @ torch.linalg.inv(I - A)).T)
-        turned = torch.block_diag(*blocks) @ W.flatten(1)
-        return (t["rescale"].flatten()[:, None] * turned if "rescale" in t else turned).view(W.shape)
-    if "lora_up.weight" in t:
-        r = len(t["lora_down.weight"])
-        delta = t["lora_up.weight"].flatten(1) @ t["lora_down.weight"].flatten(1)
-    elif "hada_w1_a" in t:
-        r = len(t["hada_w1_b"])
-        delta = (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
-    else:
-        r = len(t["lokr_w2_b"]) if "lokr_w2_b" in t else 0
-        w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-        w2 = t["lokr_w2"] if "lokr_w2" in t else (t["lokr_w2_a"] @ t["lokr_w2_b"])
-        w2 = w2.view(W.shape[0] // len(w1), W.shape[1] // w1.shape[1], *W.shape[2:])
-        delta = torch.kron(w1.view(*w1.shape, *[1] * (W.dim() - 2)), w2)
-    V = W + (t["alpha"] / r if r else 1.0) * delta.view(W.shape)
-    if "dora_scale" not in t:
-        return V
-    return t["dora_scale"].view(-1, *[1] * (W.dim() - 1)) * V / V.flatten(1).norm(dim=1).view(-1, *[1] * (W.dim() - 1))
 
 
 ALL = ("attn.q", "mlp.in", "conv")
@@ -249,8 +215,8 @@ def test_what_others_cannot_say_is_an_error():
     fails("no word for IA3", vm.IA3(sites=("attn.q",)))
     fails("no bias without its weight", vm.Tune(sites=("bias",)))
     fails("one method on a layer", vm.LoRA(sites=("attn.q",)), vm.LoHa(sites=("attn.q",)))
-    fails(r"LoKr on the up half of one matrix; adapt sites=\(.mlp.in", vm.LoKr(sites=("mlp.up",), rank=1))
-    fails("DoRA on the up half", vm.DoRA(sites=("mlp.up",)))
+    fails(r"LoKr on up of one matrix; adapt sites=\(.mlp.in", vm.LoKr(sites=("mlp.up",), rank=1))
+    fails("DoRA on up of one", vm.DoRA(sites=("mlp.up",)))
     _, adapter = make(vm.LoRA(sites=("attn.q",)))
     adapter.merge()
     with pytest.raises(InputError, match=r"adapter.unmerge\(\) first"):
@@ -319,7 +285,7 @@ def test_kohya_names_by_base():
         back, _ = kohya.read(tensors)
         assert back.keys() == layers.keys()
         assert detect({}, header) == kind
-    with pytest.raises(InputError, match="second text encoder, and the base is sd1; write --base sdxl"):
+    with pytest.raises(InputError, match="is of text_encoder_2, and kohya's files for sd1 hold text_encoder, unet"):
         kohya.write({"text_encoder_2.text_model.encoder.layers.0.mlp.fc1": files_layer()}, {}, "sd1")
     both = kohya.write({"text_encoder_2.text_projection": files_layer()}, {}, "sdxl")[0]
     assert {key.partition(".")[0] for key in both} == {"lora_te2_text_projection"}
@@ -490,7 +456,7 @@ def test_bundles_hold_an_adapter_and_tokens(tmp_path):
     assert {t: {e: r.tolist() for e, r in rows.items()} for t, rows in back.tokens.items()} == {
         t: {e: r.tolist() for e, r in rows.items()} for t, rows in found.items()
     }
-    for to in ("diffusers", "lycoris", "vismodal"):
+    for to in ("diffusers", "lycoris"):
         with pytest.raises(InputError, match=r"keeps no tokens.*--only adapter, and again --only tokens"):
             write_file(back, to, tmp_path / "y.safetensors", base_of("sdxl"))
     with pytest.raises(InputError, match=r"not known here: bundle_emb.dog.other"):
@@ -507,15 +473,21 @@ def test_the_base_is_told_by_the_file(tmp_path):
         }
 
     assert [detect(width(n), {}) for n in (768, 1024, 2048, 24)] == ["sd1", "sd2", "sdxl", None]
+    block = "transformer.transformer_blocks.1.attn.to_q"
+    wide = [{block: {"lora_down.weight": torch.ones(1, n)}} for n in (3072, 1536, 2432, 24)]
+    assert [detect(layers, {}) for layers in wide] == ["flux", "sd3", "sd3", None]
+    assert detect({"transformer.single_transformer_blocks.0.proj_out": {}}, {}) == "flux"
+    assert detect({}, {"ss_base_model_version": "flux1"}, "sdxl") == "flux"  # keys of a text encoder alone tell less
+    assert detect({}, {}, "sdxl") == "sdxl"
     assert detect({"text_encoder_2.text_projection": {}}, {}) == "sdxl"
     assert detect({}, {"ss_base_model_version": "sdxl_base_v1-0"}) == "sdxl"
     assert detect({}, {"modelspec.architecture": "stable-diffusion-v1/lora"}) == "sd1"
     one_text = {f"lora_te1_text_model_encoder_layers_0_mlp_fc1.{n}": t for n, t in files_layer().items()}
     assert read_file(write_tensors(tmp_path / "te1.safetensors", one_text)).kind == "sdxl"
     assert base_of("tiny-sd").kind == "sd1" and (base_of("tiny-sd").folder / "unet").is_dir()
-    with pytest.raises(InputError, match="does not tell what it is for; write --base sd1, sd2, sdxl"):
+    with pytest.raises(InputError, match="does not tell what it is for; write --base sd1, sd2, sdxl, sd3, flux"):
         write_file(Contents("kohya", {"unet.conv_in": files_layer()}), "kohya", "x.safetensors")
-    with pytest.raises(InputError, match="no base model nowhere; write sd1, sd2, sdxl, tiny-sd, or a folder"):
+    with pytest.raises(InputError, match=r"no base model nowhere; write sd1, .*, sd3, flux, tiny-sd, or a folder"):
         base_of("nowhere")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_what_is_negative_leads_away(model: Path, monkeypatch: pytest.MonkeyPatc
     pipe = load_pipeline(model)
     options = {"size": 16, "steps": 2, "guidance": 5.0}
     plain = tensors(monkeypatch, pipe, lambda: generate(pipe, ["a cat"] * 2, [1, 2], **options))
-    away = tensors(monkeypatch, pipe, lambda: generate(pipe, ["a cat"] * 2, [1, 2], negative="blue", **options))
+    away = tensors(monkeypatch, pipe, lambda: generate(pipe, ["a cat"] * 2, [1, 2], negative=["blue"] * 2, **options))
     assert (plain - away).abs().max() > 1e-3
 
 
@@ -280,6 +281,24 @@ def test_pictures_carry_their_settings_and_can_be_drawn_again(config: Config, fi
     assert (told.seed, told.steps, told.adapters) == (8, 3, read[1].adapters)
 
 
+def test_web_uis_read_the_pictures(config: Config) -> None:
+    """AUTOMATIC1111's `parameters`: prompt, negative, and pairs as its own regular expression finds them."""
+    changed = replace(config, prompts=("a cat, sks", "a döner <lora:style:0.5>"), strengths=(0.8, 1.0), negative="blue")
+    result = main(replace(changed, output=config.output.parent / "a, b: c"))
+    texts = [Image.open(path).text["parameters"].split("\n") for path in result.pictures]
+    assert [lines[0] for lines in texts] == ["a cat, sks <lora:dog:0.8> <lora:style:1>", "a döner <lora:style:0.5>"]
+    assert {lines[1] for lines in texts} == {"Negative prompt: blue"}
+    pair = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+    assert dict(pair.findall(texts[0][2])) == {
+        "Steps": "2", "Sampler": "DDIM", "CFG scale": "5", "Seed": "7", "Size": "16x16", "Model": "tiny",
+        "Version": f"vismodal {vm.__version__}",
+    }  # fmt: skip
+    told = replace(stored.read_settings(result.pictures[0]), model='models, "old": v1', negative="", adapters=())
+    lines = stored.parameters(told).split("\n")
+    assert len(lines) == 2 and lines[0] == "a cat, sks"
+    assert json.loads(dict(pair.findall(lines[1]))["Model"]) == 'models, "old": v1'
+
+
 def test_a_picture_that_was_moved_needs_its_adapters_again(config: Config, files: Path, tmp_path: Path) -> None:
     result = main(replace(config, prompts=("a cat <lora:style:0.5>",)))
     moved = tmp_path / "elsewhere" / "mine.png"
@@ -373,7 +392,7 @@ def test_a_sheet_puts_each_picture_in_its_place() -> None:
         ({"steps": -1}, "steps must be at least 1"),
         ({"resolution": 17}, "multiple of 2"),
         ({"prompts": ("a <lora:cat>",)}, "no adapter 'cat'"),
-        ({"adapters": ("lacking.safetensors",)}, "no adapter file"),
+        ({"adapters": ("lacking.safetensors",)}, "no file lacking"),
         ({"model": "lacking"}, "no model folder"),
     ],
 )
@@ -397,9 +416,9 @@ def test_a_folder_with_something_in_it_stays(config: Config) -> None:
 
 
 def test_broken_adapters_are_told(config: Config, files: Path, tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    save_file({"a.x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "half.safetensors").write_bytes((files / "dog.safetensors").read_bytes()[:-8])
-    for name, why in (("foreign", "was not written by"), ("half", "no whole safetensors")):
+    for name, why in (("foreign", "this is no adapter file of diffusers, kohya"), ("half", "no whole safetensors")):
         with pytest.raises(vm.InputError, match=why):
             main(replace(config, adapters=(str(tmp_path / f"{name}.safetensors"),)))
 

@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import BY_NAME, CASES, CLASSIFIERS, EVERYWHERE, METHODS, Case, claims, close, left_out, pairs, shake
+from zoo import (
+    BY_NAME,
+    CASES,
+    CLASSIFIERS,
+    EVERYWHERE,
+    METHODS,
+    Case,
+    adapt,
+    claims,
+    close,
+    condition,
+    left_out,
+    pairs,
+    shake,
+)
 
 import vismodal as vm
 from vismodal.methods import METHODS as registry
@@ -55,7 +69,7 @@ def same(model: nn.Module, before: dict[str, Tensor]) -> bool:
 @every_method
 def test_output_at_init_and_off_and_scales(case: Case, name: str) -> None:
     model, y0 = base(case)
-    adapter = vm.adapt(model, METHODS[name].make(model))
+    adapter = adapt(model, name)
     # nn.MultiheadAttention leaves its fused inference path as soon as a weight wants a gradient
     assert close(case.run(model), y0, 2e-6) == starts_at_base(adapter)
     shake(adapter)
@@ -85,7 +99,7 @@ def begins(module: nn.Module) -> bool:
 @every_method
 def test_every_tensor_gets_gradient_and_no_site_is_dead(case: Case, name: str) -> None:
     model, _ = base(case)
-    adapter = vm.adapt(model, METHODS[name].make(model))
+    adapter = adapt(model, name)
     assert set(adapter.unused()) == set(adapter.modules)  # nothing has run yet
     case.run(model).square().mean().backward()
     assert adapter.unused() == []  # at the start neither
@@ -104,7 +118,7 @@ def test_every_tensor_gets_gradient_and_no_site_is_dead(case: Case, name: str) -
 def test_training_leaves_the_base_as_it_was(case: Case, name: str, dtype: torch.dtype) -> None:
     model = case.model().to(dtype).train()
     before, classes = snapshot(model), [type(m) for m in model.modules()]
-    adapter = vm.adapt(model, METHODS[name].make(model))
+    adapter = adapt(model, name)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     for _ in range(2):
@@ -126,7 +140,7 @@ def test_training_leaves_the_base_as_it_was(case: Case, name: str, dtype: torch.
 def test_merged_equals_live_and_unmerging_is_exact(case: Case, name: str) -> None:
     model, _ = base(case)
     before = snapshot(model)
-    adapter = vm.adapt(model, METHODS[name].make(model))
+    adapter = adapt(model, name)
     shake(adapter)
     live = case.run(model)
     if not mergeable(adapter):
@@ -151,13 +165,13 @@ def test_merged_equals_live_and_unmerging_is_exact(case: Case, name: str) -> Non
 @every_method
 def test_save_and_load_under_another_name(case: Case, name: str, tmp_path: Path) -> None:
     model, y0 = base(case)
-    adapter = vm.adapt(model, METHODS[name].make(model), name="one")
+    adapter = adapt(model, name, name="one")
     shake(adapter)
     y = case.run(model)
     vm.save(adapter, tmp_path / "a.safetensors")
     adapter.detach()
     assert torch.equal(case.run(model.requires_grad_(False)), y0)
-    other = vm.load(model, tmp_path / "a.safetensors", name="two")
+    other = condition(vm.load(model, tmp_path / "a.safetensors", name="two"), name)
     assert not any(p.requires_grad for p in model.parameters())
     assert close(case.run(model), y, 2e-6)
     assert other.methods == adapter_methods(tmp_path / "a.safetensors")
@@ -175,7 +189,7 @@ def adapter_methods(path: Path) -> dict[str, object]:
 @every_method
 def test_copies_are_independent(case: Case, name: str) -> None:
     model, y0 = base(case)
-    adapter = vm.adapt(model, METHODS[name].make(model), name="a")
+    adapter = adapt(model, name, name="a")
     shake(adapter)
     y = case.run(model)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -204,7 +218,7 @@ def test_gradient_checkpointing_is_equal(case: Case, name: str) -> None:
             if case.name in NO_CHECKPOINTING:
                 pytest.skip(NO_CHECKPOINTING[case.name])
             case.checkpoint(model)  # type: ignore[misc]
-        adapter = vm.adapt(model, METHODS[name].make(model), seed=0)
+        adapter = adapt(model, name, seed=0)
         shake(adapter)
         case.run(model).square().mean().backward()
         gradients.append([p.grad for p in adapter.parameters()])
@@ -238,7 +252,7 @@ def test_compiled_whole_and_switched(name: str) -> None:
 def test_every_method_compiles_whole(name: str) -> None:
     case = next(c for c, _ in pairs([name]))
     model, y0 = base(case)
-    shake(vm.adapt(model, METHODS[name].make(model), name="a"))
+    shake(adapt(model, name, name="a"))
     y = case.run(model)
     torch._dynamo.reset()
     compiled = torch.compile(case.run, backend="eager", fullgraph=True)
@@ -251,7 +265,7 @@ def test_every_method_compiles_whole(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch of RMSNorm, in Flux by itself too
 def test_autocast(case: Case, name: str) -> None:
     model, _ = base(case)
-    adapter = vm.adapt(model, METHODS[name].make(model))
+    adapter = adapt(model, name)
     shake(adapter)
     y = case.run(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -264,11 +278,11 @@ def test_autocast(case: Case, name: str) -> None:
 @every
 def test_two_adapters_in_any_order(case: Case) -> None:
     model, y0 = base(case)
-    a = vm.adapt(model, METHODS["LoRA"].make(model), name="a")
+    a = adapt(model, "LoRA", name="a")
     shake(a)
     only_a = case.run(model)
     vm.use(model)
-    b = vm.adapt(model, METHODS["Tune"].make(model), name="b")
+    b = adapt(model, "Tune", name="b")
     shake(b)
     only_b = case.run(model)
     vm.use(model, "a", "b")
@@ -292,11 +306,11 @@ def test_every_method_beside_another(name: str) -> None:
     """Switched and detached in any order, on the first model that it claims."""
     case = next(c for c, _ in pairs([name]))
     model, y0 = base(case)
-    a = vm.adapt(model, METHODS["LoRA"].make(model), name="a")
+    a = adapt(model, "LoRA", name="a")
     shake(a)
     only_a = case.run(model)
     vm.use(model)
-    b = vm.adapt(model, METHODS[name].make(model), name="b")
+    b = adapt(model, name, name="b")
     shake(b)
     only_b = case.run(model)
     for order in (("a", "b"), ("b", "a")):
@@ -327,7 +341,7 @@ def light(name: str) -> list[Case]:
 @pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{n}-{c.name}") for n in METHODS for c in light(n)])
 def test_reinitialising_the_base_does_not_reach_the_adapter(case: Case, name: str) -> None:
     model, _ = base(case)
-    adapter = vm.adapt(model, METHODS[name].make(model))
+    adapter = adapt(model, name)
     before = {k: v.clone() for k, v in adapter.state_dict().items()}
 
     def wipe(module: nn.Module) -> None:
@@ -348,7 +362,7 @@ def test_reinitialising_the_base_does_not_reach_the_adapter(case: Case, name: st
 @pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{n}-{c.name}") for c, n in left_out()])
 def test_what_is_claimed_beside_the_matrix(case: Case, name: str) -> None:
     model, y0 = base(case)
-    adapter = vm.adapt(model, METHODS[name].make(model), seed=0)
+    adapter = adapt(model, name, seed=0)
     shake(adapter)
     y = case.run(model)
     assert not close(y, y0, 1e-4)

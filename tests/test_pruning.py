@@ -14,6 +14,7 @@ from zoo import BY_NAME, LORA_KINDS, close, fixed, offered, shake
 
 import vismodal as vm
 from vismodal.formats import peft
+from vismodal.formats.files import layers_of
 from vismodal.methods import Method
 from vismodal.methods.lowrank import LowRank
 from vismodal.methods.spectrum import spectrum
@@ -381,7 +382,7 @@ def test_diffusers_draws_the_same_with_ranks_of_each_layer_its_own(tmp_path: Pat
     assert len(set(report.ranks.values())) > 1
     live = picture(pipe)
     assert (live - whole).abs().max() > 1e-3
-    tensors, header = peft.to_peft(adapter.state_dict(), peft.scaling_of(adapter.modules))
+    tensors, header = peft.write(layers_of(adapter))
     assert '"unet.rank_pattern": {}' not in header["lora_adapter_metadata"]
     assert '"unet.alpha_pattern": {}' not in header["lora_adapter_metadata"]
     from vismodal.files import write_tensors

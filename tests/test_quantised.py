@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import BY_NAME, METHODS, Case, close, fixed, shake
+from zoo import BY_NAME, METHODS, Case, adapt, close, condition, fixed, shake
 
 import vismodal as vm
 from vismodal.methods import METHODS as ALL
@@ -28,6 +28,8 @@ from vismodal.site import Site
 VIT = BY_NAME["timm-vit_tiny_patch16_224"]
 CLIP = BY_NAME["classifier-clip"]
 UNET = BY_NAME["diffusers-SD1.5"]
+TEXT = BY_NAME["transformers-CLIPText"]
+MODELS = (VIT, CLIP, UNET, TEXT)
 
 
 def quantise(model: nn.Module) -> nn.Module:
@@ -74,11 +76,11 @@ def is_bare(model: nn.Module) -> bool:
 def case_of(name: str) -> Case:
     """A model with quantised layers that the method claims."""
     claims = METHODS[name].claims
-    return next(c for c in (VIT, CLIP, UNET) if any(fnmatchcase(c.name, glob) for glob in claims))
+    return next(c for c in MODELS if any(fnmatchcase(c.name, glob) for glob in claims))
 
 
 def test_torchao_quantises_these_models_and_no_more_than_linear_layers() -> None:
-    for case in (VIT, CLIP, UNET):
+    for case in MODELS:
         model = int8(case)
         owners = {type(m) for m in model.modules() for p in m._parameters.values() if p is not None and is_quantised(p)}
         assert owners and all(issubclass(owner, nn.Linear) for owner in owners)
@@ -108,8 +110,7 @@ def test_a_method_acts_on_int8_as_on_what_it_stands_for(name: str, tmp_path: Pat
     model = int8(case).requires_grad_(False)
     before, y0, classes = parts(model), case.run(model), [type(m) for m in model.modules()]
     twin = dequantised(model)
-    method = METHODS[name].make(model)
-    adapters = [vm.adapt(m, method, name="a", seed=0) for m in (model, twin)]
+    adapters = [adapt(m, name, name="a", seed=0) for m in (model, twin)]
     assert all(torch.equal(a, b) for a, b in zip(*(a.state_dict().values() for a in adapters), strict=True))
     for adapter in adapters:
         shake(adapter)
@@ -133,7 +134,7 @@ def test_a_method_acts_on_int8_as_on_what_it_stands_for(name: str, tmp_path: Pat
     y = case.run(model)
     assert not torch.equal(y, outputs[0])
     again = int8(case)
-    vm.load(again, tmp_path / "a.safetensors", name="b")
+    condition(vm.load(again, tmp_path / "a.safetensors", name="b"), name)
     assert close(case.run(again), y, 2e-6)
     adapter.detach()
     assert is_bare(model)

@@ -447,6 +447,20 @@ def test_dead_sites_stop_the_first_step_with_their_list(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_site_may_get_its_gradient_within_the_patience():
+    """s1 gets one in the second step, s2 in the third; one that had its gradient may go without later."""
+    alive = [["s0", "s1", "s2"], ["s0", "s2"], ["s0", "s1"], ["s0"]]
+
+    def fitted(toy: Toy, patience: int) -> Outcome:
+        toy.unused = lambda: toy.dead.pop(0)
+        return fit(toy_loss(toy), toy, torch.optim.SGD(toy.net.parameters(), lr=0.01), plan=Plan(6), patience=patience)
+
+    with pytest.raises(InputError, match=r"1 sites .* no gradient in the first 3 steps: s0\. Leave them out"):
+        fitted(Toy(dead=alive), 3)
+    toy = Toy(dead=[["s1"], [], ["s0"]])
+    assert fitted(toy, 3).step == 6 and toy.dead == [["s0"]]  # nobody asks once all had one
+
+
 def test_a_full_disk_for_the_log_is_one_line(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")

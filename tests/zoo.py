@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -297,12 +298,14 @@ def tune(model: nn.Module) -> vm.Tune:
 class Trial:
     """A method in the matrix: how to make it for a model, and the names of the models that it claims, by glob.
 
-    `idle` names tensors that get no gradient by the method's definition, by glob on their key.
+    `idle` names tensors that get no gradient by the method's definition, by glob on their key. `condition` is the shape
+    of what a method needs beside the model's input.
     """
 
     make: Callable[[nn.Module], Method]
     claims: tuple[str, ...] = ("*",)
     idle: tuple[str, ...] = ()
+    condition: tuple[int, ...] = ()
 
 
 # by glob on their names: of diffusers' models the UNets; those that a span goes over each block of; all but them
@@ -418,6 +421,18 @@ METHODS: dict[str, Trial] = {
     "SparseMask": Trial(lambda m: vm.SparseMask(sites=offered(m, LORA_KINDS), density=0.05, **SMALLEST)),
 }
 
+METHODS |= {  # by a condition
+    "T2IAdapter": Trial(lambda m: vm.T2IAdapter(factor=2, blocks=1), (UNETS,), condition=(2, 1, 16, 16)),
+    "IPAdapter": Trial(lambda m: vm.IPAdapter(width=10, tokens=2), SPANNED, condition=(2, 10)),
+}
+
+METHODS |= {  # on text encoders alone; these ids are in the texts that they are given
+    "TextualInversion": Trial(
+        lambda m: vm.TextualInversion(words=("sks",), vectors=(2,), ids=(18, 35)),
+        ("transformers-CLIP*", "transformers-SigLIP"),
+    ),
+}
+
 METHODS |= {  # on classifiers alone
     "CoOp": Trial(lambda m: vm.CoOp(tokens=2), ("classifier*",)),
     "CoOpPerClass": Trial(lambda m: vm.CoOp(words="a photo", per_class=True), ("classifier*",)),
@@ -458,6 +473,18 @@ def left_out() -> list[tuple[Case, str]]:
     """What is claimed beside that: models that differ from those of the matrix in size and detail only."""
     tried = {(case.name, name) for case, name in pairs()}
     return [(c, name) for name in METHODS for c in CASES if claims(name, c) and (c.name, name) not in tried]
+
+
+def adapt(model: nn.Module, trial: str, **options: Any) -> vm.Adapter:
+    """A method of the matrix on a model."""
+    return condition(vm.adapt(model, METHODS[trial].make(model), **options), trial)
+
+
+def condition(adapter: vm.Adapter, trial: str) -> vm.Adapter:
+    """The adapter, with what its method needs beside the model's input."""
+    if METHODS[trial].condition:
+        adapter.condition = fixed(*METHODS[trial].condition)
+    return adapter
 
 
 def shake(adapter: vm.Adapter, size: float = 0.05) -> None:

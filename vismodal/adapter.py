@@ -14,7 +14,7 @@ from vismodal.dead import unused
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.limit import Limit
-from vismodal.methods import Method
+from vismodal.methods import METHODS, Method
 from vismodal.pruning import Pruned, prune
 from vismodal.sharding import spread_like, whole
 
@@ -148,10 +148,51 @@ class Adapter:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        fixed = [type(m).__name__ for m in self.methods.values() if not m.interpolates]
+        methods = self.methods.values()
+        alone = all(m.whole for m in methods)  # beside others such a method acts in full; by itself it has no half
+        fixed = [type(m).__name__ for m in methods if not m.interpolates and (alone or not m.whole)]
         if fixed and scale not in (0, 1):
             raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
+
+    @property
+    def condition(self) -> Tensor | None:
+        """What a method that is steered beside the prompt (`IPAdapter`, `T2IAdapter`) has been given.
+
+            a.condition = edges              # a row for each row of the batch; None, and the model is the base exactly
+            with a.given(edges): ...         # for a while
+
+        It holds for every forward until it changes: a batch of other rows needs another one. Guidance's doubled batch
+        takes it too (the rows that it leads away from get what the method's paper says), and so does `vm.route`, with
+        a row for each of the routed ones. It is kept as a copy without a graph, and is in no file. Change it after
+        `backward()` where gradients are checkpointed; otherwise that raises.
+
+        Raises `InputError` where no method of the adapter takes a condition, or not this one.
+        """
+        given = self._parts[0].condition
+        return None if given is None else given.rows
+
+    @condition.setter
+    def condition(self, rows: Tensor | None) -> None:
+        taking = [method for method in self.methods.values() if method.conditioned]
+        if len(taking) != 1:
+            names = " and ".join(type(m).__name__ for m in taking or self.methods.values())
+            those = " and ".join(m.__name__ for m in METHODS if m.conditioned)
+            todo = "adapt them under names of their own" if taking else f"only {those} do"
+            raise InputError(f"{names} in {self.name!r} take {len(taking)} conditions, not one: {todo}")
+        number = self._parts[0].given + 1
+        new = None if rows is None else taking[0].condition(rows.detach().clone())._replace(number=number)
+        self._set(condition=new, given=number)
+
+    @contextmanager
+    def given(self, rows: Tensor | None) -> Iterator[None]:
+        """Under another `condition` for a while: `with a.given(edges): picture = pipe(prompt).images[0]`."""
+        before = self._parts[0].condition
+        self.condition = rows
+        try:
+            yield
+        finally:
+            self._set(condition=before)
 
     def limit(self, *, layers: slice | None = None, where: str | tuple[str, ...] = "*") -> None:
         """Act nowhere else until the next call: AdapterDrop, arXiv 2010.11918. `limit()` lifts it.
@@ -219,17 +260,26 @@ class Adapter:
 
     # -- training --
 
-    def groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: by the methods' own learning rates, no decay for vectors and scalars."""
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    def groups(self, lr: float | Mapping[str, float], weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser: by the methods' own learning rates, no decay for vectors and scalars.
+
+        `lr` is for all methods, or one for each slot of `methods`: {"lora": 1e-3, "tune": 1e-4}; other slots raise
+        `InputError`.
+        A group that learns for a while only says so: `vismodal.train.fit` leaves it as it is after update "last".
+        """
+        if isinstance(lr, Mapping) and lr.keys() != self.methods.keys():
+            raise InputError(f"learning rates are for {', '.join(self.methods)}, each of them; not {', '.join(lr)}")
+        groups: dict[tuple[float, float, int | None, bool], list[nn.Parameter]] = {}
         for key, module in self._all_modules().items():
-            method = self.methods[key.partition("/")[0]]
+            slot = key.partition("/")[0]
+            method, own = self.methods[slot], lr[slot] if isinstance(lr, Mapping) else lr
             for name, p in module.named_parameters():
                 if p.requires_grad:
-                    groups.setdefault((method.rate(name), p.dim() > 1), []).append(p)
+                    groups.setdefault((own, method.rate(name), method.last(name), p.dim() > 1), []).append(p)
         return [
-            {"params": params, "lr": lr * rate, "weight_decay": weight_decay if decays else 0.0}
-            for (rate, decays), params in groups.items()
+            {"params": params, "lr": own * rate, "weight_decay": weight_decay if decays else 0.0}
+            | ({} if last is None else {"last": last})
+            for (own, rate, last, decays), params in groups.items()
         ]
 
     def _by_method(self) -> Iterator[tuple[Method, list[nn.Module]]]:
@@ -278,6 +328,8 @@ class Adapter:
         state = "merged" if self.merged else "live" if self.enabled else "off"
         names = ", ".join(b.name for b in self.bases.values())
         head = f"adapter {self.name!r} on {names}: {total}; {state} at scale {self.scale:g}"
+        if any(m.conditioned for m in self.methods.values()):
+            head += ", without its condition" if self.condition is None else f", given {len(self.condition)} rows"
         if dropped := sum(len(part.dropped) for part in self._parts):
             head += f", limited to {self._parts[0].limit}: {len(rows) - dropped} of {len(rows)} sites act"
         return f"{head}\n{table(['site', 'kind', 'method', 'parameters'], rows)}"

@@ -11,9 +11,10 @@ from torch import nn
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK, fingerprint
 from vismodal.limit import Limit, Spot
-from vismodal.methods import Method
+from vismodal.methods import Condition, Method
 from vismodal.ports import FrozenStatistics, Port, SpanPort, Stream, WeightPort
 from vismodal.site import Site
+from vismodal.weights import Entry
 
 
 class Bank(nn.Module):
@@ -81,6 +82,7 @@ class Bank(nn.Module):
         for port in self.ports.values():
             for entry in port.entries:
                 entry.dropped = entry.key in dropped[entry.adapter]
+                self.attached[entry.adapter].hand_over(entry)
             port.set(live, merged)
 
     def rehook(self) -> None:
@@ -116,6 +118,8 @@ class Attached:
     scale: float = 1.0
     merged: bool = False
     limit: Limit = field(default_factory=Limit)
+    condition: Condition | None = None
+    given: int = 0  # how many conditions there have been
     tree: nn.Module = field(init=False)
     frozen: frozenset[str] = field(init=False)  # parameters that the method itself holds fixed
 
@@ -129,6 +133,12 @@ class Attached:
     def dropped(self) -> frozenset[str]:
         """Keys of the modules that its limit leaves out."""
         return self.limit.dropped(self.spots)
+
+    def hand_over(self, entry: Entry) -> None:
+        """The condition, or its lack, to one of the modules, where its method needs one."""
+        needs = self.methods[entry.key.partition("/")[0]].conditioned
+        entry.condition = self.condition if needs else None
+        entry.waits = needs and self.condition is None
 
     def require_grad(self, on: bool) -> None:
         for name, p in self.tree.named_parameters():

@@ -85,6 +85,13 @@ class Track(Callback):
         self.accelerator.trackers.clear()  # or the next run's metrics would go there too
 
 
+def watchers(
+    accelerator: Accelerator, track: str | None, project: str, config: Mapping[str, Any], *more: Callback
+) -> list[Callback]:
+    """The bar, then `more`, and accelerate's tracker where `track` asks for one: of the project, with its settings."""
+    return [Progress(), *more, *([Track(accelerator, project, config)] if track else [])]
+
+
 class Log:
     """`metrics.jsonl`: one JSON object for each step, flushed at once; lines after a resumed step are dropped."""
 

@@ -46,16 +46,15 @@ def families_of(method: type[Method], offered: Mapping[str, Sequence[Site]] | No
 
 
 def _offered() -> dict[str, Sequence[Site]]:
-    """By family, the sites of its example, which has no storage; none where that needs a library that is not there."""
+    """By family, the sites of its examples, made without storage; none where these need a library that is not there."""
     offered: dict[str, Sequence[Site]] = {}
     for family in installed():
         try:
             with torch.device("meta"):
-                model = family.example()
+                models = [build() for build in (family.example, *getattr(family, "MORE", ()))]
         except ImportError:
-            offered[family.NAME] = ()
-            continue
-        offered[family.NAME] = discover(model, table_of(model))
+            models = []
+        offered[family.NAME] = [site for model in models for site in discover(model, table_of(model))]
     return offered
 
 

@@ -101,9 +101,12 @@ def restore(
 
 
 def described(header: Mapping[str, str]) -> tuple[dict[str, Method], dict[str, Fingerprint]]:
-    """What a header says: the methods by slot, and the bases by prefix."""
-    methods = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
-    return methods, {prefix: Fingerprint(**base) for prefix, base in json.loads(header["base"]).items()}
+    """What a header says: the methods by slot, and the bases by prefix. Raises `InputError` where it says neither."""
+    try:
+        methods = {slot: from_json(config) for slot, config in json.loads(header["methods"]).items()}
+        return methods, {prefix: Fingerprint(**base) for prefix, base in json.loads(header["base"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the header of a file of vismodal is broken: {error!r}") from error
 
 
 def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path) -> None:
@@ -124,11 +127,16 @@ def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise InputError(f"{path} is no whole safetensors file: {error}") from None
+    check(header, path)
+    return header, tensors
+
+
+def check(header: Mapping[str, str], path: str | Path) -> None:
+    """Raises `InputError` for the header of a file that is none of ours, or of another version."""
     if "vismodal" not in header:
         raise InputError(f"{path} was not written by vismodal.save: its header has {_names(header)}")
     if header["vismodal"] != FORMAT:
         raise InputError(f"{path} has format {header['vismodal']}, this version reads {FORMAT}; update vismodal")
-    return header, tensors
 
 
 def _names(mapping: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "dreambooth": Command("dreambooth", "teach Stable Diffusion a subject from a few photos"),
+    "control": Command("control", "train an adapter by which edges or a picture steer Stable Diffusion"),
     "generate": Command("generate", "draw pictures with adapters, another one for each prompt if you like"),
     "classify": Command("classify", "adapt a vision model to a folder of pictures by class; compare methods on it"),
     "predict": Command("predict", "say what is in pictures, by an adapter that classify made"),

@@ -184,21 +184,26 @@ def _bind_span(entry: Span, module: nn.Module, path: str) -> Iterator[Site]:
         width = _width(_submodule(module, entry.width)) if entry.width is not None else 0
         widths = {n: _width(m) for name, sub in entry.widths.items() for n, m in _each(module, name, sub).items()}
         name = ".".join(filter(None, (entry.kind, entry.name)))
+        heads = entry.heads(module) if entry.heads is not None else 0
         device = next((p.device for p in module.parameters()), None)
         yield Site(
             entry.kind, f"{path}:{name}", f"{path}/{name}", (), "span",
-            span=entry, modules=found, width=width, widths=widths, device=device,
+            span=entry, modules=found, width=width, widths=widths, device=device, heads=heads,
         )  # fmt: skip
 
 
 def _each(module: nn.Module, name: str, path: str) -> dict[str, nn.Module | None]:
-    """The module at a path under its name; of a path with a star one for every child there: "blocks.0", "blocks.1"."""
+    """The module at a path under its name; of a path with a star one for every child there: "blocks.0", "blocks.1".
+
+    Behind the star, "a|b" is a where the child has it, else b."""
     head, star, tail = path.partition("*")
     parent = _submodule(module, head.strip("."))
     if not star or parent is None:
         return {name: parent}
     children = [child for child in parent._modules.values() if child is not None]
-    return {f"{name}.{i}": _submodule(child, tail.strip(".")) for i, child in enumerate(children)}
+    paths = tail.strip(".").split("|")
+    found = [[m for path in paths if (m := _submodule(child, path)) is not None] for child in children]
+    return {f"{name}.{i}": next(iter(each), None) for i, each in enumerate(found)}
 
 
 def _width(module: nn.Module | None) -> int:

@@ -1,8 +1,8 @@
 """Methods as one writes them on a command line: `lora`, `lora(rank=4)`, `vpt(tokens=8, lr=5e-3)`.
 
 A method is named by its class in any case. `written` reads one for every pipeline; `entry` is a contestant of the bench
-on tiny-sd, where what is not written comes from `SETTINGS`, which a new method joins by one line, or by none where its
-own defaults do.
+on tiny-sd, of one method or of several that learn together, `lora + textualinversion`. What is not written there comes
+from `SETTINGS`, which a new method joins by one line, or by none where its own defaults do.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vismodal.attach import slots
 from vismodal.checkpoint import to_json
 from vismodal.errors import InputError
-from vismodal.methods import METHODS, Method
+from vismodal.methods import METHODS, Method, TextualInversion
 
 if TYPE_CHECKING:
     from vismodal.diffusion.kinds import Pipe
@@ -42,8 +43,28 @@ class Setting:
 
 SETTINGS = {
     "LoRA": Setting(lr=3e-3, options={"sites": WEIGHTS}),
+    "DoRA": Setting(lr=3e-3, options={"sites": WEIGHTS}),
+    "LoHa": Setting(options={"sites": WEIGHTS}),
+    "LoKr": Setting(lr=1e-2, options={"sites": WEIGHTS}),
+    "OFT": Setting(lr=1e-3, options={"sites": WEIGHTS}),
+    "AdaptFormer": Setting(lr=3e-3),
     "Tune": Setting(lr=3e-4, options={"sites": WEIGHTS}),  # all of the UNet's matrices: full fine-tuning
+    "TextualInversion": Setting(lr=5e-3, parts=("text_encoder",)),
 }
+
+
+@dataclass(frozen=True)
+class Member:
+    """A method of a contestant, its learning rate, and the parts of the pipeline that it adapts."""
+
+    method: Method
+    lr: float
+    parts: tuple[str, ...]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the outcome, as JSON values."""
+        return {"method": to_json(self.method), "lr": self.lr, "parts": list(self.parts)}
 
 
 @dataclass(frozen=True)
@@ -51,14 +72,27 @@ class Entry:
     """A contestant: what was written, and what that means."""
 
     label: str
-    method: Method
-    lr: float
-    parts: tuple[str, ...]
+    members: tuple[Member, ...]
 
     @property
     def slug(self) -> str:
         """The label as a file name."""
         return re.sub(r"[^A-Za-z0-9.]+", "-", self.label).strip("-").lower()
+
+    @property
+    def methods(self) -> list[Method]:
+        """What its members do, which is one adapter's."""
+        return [member.method for member in self.members]
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates by slot, for `adapter.groups`."""
+        return {slot: m.lr for slot, m in zip(slots(self.methods), self.members, strict=True)}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of the pipeline, all that it adapts."""
+        return tuple(dict.fromkeys(part for member in self.members for part in member.parts))
 
     def models(self, pipe: Pipe) -> dict[str, nn.Module]:
         """The parts of a pipeline that it adapts."""
@@ -67,18 +101,29 @@ class Entry:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the outcome, as JSON values."""
-        return {"method": to_json(self.method), "lr": self.lr, "parts": list(self.parts)}
+        each = [member.identity for member in self.members]
+        return each[0] if len(each) == 1 else {"methods": each}
 
 
 def entry(text: str) -> Entry:
-    """The contestant that `text` describes. Raises `InputError` naming what there is."""
+    """The contestant that `text` describes: NAME, NAME(option=value, ...), or several of them with + between.
+
+    Raises `InputError` naming what there is.
+    """
+    parts = split(text, "+") or [text]
+    return Entry(" + ".join(parts), tuple(_member(part) for part in parts))
+
+
+def _member(text: str) -> Member:
     read = written(text, ("lr", "parts"))
+    if read.method is TextualInversion and (wrong := [name for name in ("words", "ids") if name in read.options]):
+        raise InputError(f"{text}: {wrong[0]} cannot be chosen here; the new word is the bench's own, --word")
     setting = SETTINGS.get(read.method.__name__, Setting())
     parts = read.own.get("parts", setting.parts)
     parts = (parts,) if isinstance(parts, str) else tuple(parts)
     if not parts or not set(parts) <= {"unet", "text_encoder"}:
         raise InputError(f"{text}: parts are of unet and text_encoder, not {', '.join(map(repr, parts)) or 'nothing'}")
-    return Entry(text, read.make(setting.options), read.own.get("lr", setting.lr), parts)
+    return Member(read.make(setting.options), read.own.get("lr", setting.lr), parts)
 
 
 # -- what every pipeline reads alike -----------------------------------------------------------------------------------
@@ -107,7 +152,7 @@ def written(text: str, own: Sequence[str] = ("lr",)) -> Written:
     Raises `InputError` naming what there is, for an unknown name or option, and an lr that is no positive number.
     """
     name, given = _parsed(text)
-    known = {m.__name__.lower(): m for m in METHODS}
+    known = {m.__name__.lower(): m for m in METHODS if not m.conditioned}  # `vismodal control` has those
     if name.lower() not in known:
         raise InputError(f"no method {name!r}; write one of {', '.join(known)}, or with options {EXAMPLE}")
     method = known[name.lower()]

@@ -63,7 +63,14 @@ def _publish(temporary: Path, path: Path) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> Path:
     """One safetensors file, whole or absent. Its bytes are made in memory: safetensors hides the system's errors."""
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, tensor in tensors.items():
+        plain[name] = tensor.detach().contiguous().cpu()
+        memory = plain[name].untyped_storage().data_ptr()
+        if memory in held:  # safetensors refuses tensors that share memory, such as one A of q, k and v
+            plain[name] = plain[name].clone()
+        held.add(memory)
     return write_file(path, save(plain, metadata=dict(header or {})))
 
 

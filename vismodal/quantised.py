@@ -1,7 +1,6 @@
 """Quantised weights of a base: adapters read their values where they must, and never write them.
 
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    quantize_(model, Int8WeightOnlyConfig())        # linear layers, before vm.adapt; it can leave some out
+    quantise(model)         # linear layers to int8, before vm.adapt; torchao's own `quantize_` can leave some out
 
 A layer's own class multiplies by such a weight, and what methods do to its output needs no more. torchao 0.18 keeps a
 float copy of each int8 weight from the forward to the backward: training saves memory with gradient checkpointing,
@@ -11,7 +10,7 @@ which makes them block by block, or where the backbone has no graph (ladders, si
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismodal.errors import InputError
 
@@ -35,3 +34,17 @@ def values(t: Tensor) -> Tensor:
         f"the values of a weight that is a {type(t.data).__name__} of {t.dtype} cannot be read; take a method that "
         "needs none, such as LoRA"
     )
+
+
+def quantise(model: nn.Module) -> None:
+    """The weights of all linear layers in int8, in place, one scale for each row; they can be trained no more.
+
+    Raises `InputError` where torchao is not installed.
+    """
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise InputError(
+            'a base in int8 needs the package torchao, which is not installed; write pip install "vismodal[quantised]"'
+        ) from error
+    quantize_(model, Int8WeightOnlyConfig())

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from torch.optim import Optimizer
 from vismodal.errors import InputError
 from vismodal.files import remove_leftovers, write_tensors
 from vismodal.sharding import spread_like, whole
+
+if TYPE_CHECKING:
+    from vismodal.ema import Ema
 
 FORMAT = "vismodal-training-1"
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -73,13 +76,16 @@ class Checkpoints:
         optimizer: Optimizer,
         extra: Mapping[str, Any] | None = None,
         *,
+        ema: Ema | None = None,
         write: bool = True,
     ) -> Path:
         """Writes the state after `step` steps; older files go only when the new one stands. `extra`: JSON values.
+        The adapter's own values and, with `ema`, the averages beside them.
 
         All processes must call it, since what FSDP2 has sharded is gathered; those with `write` off only take part.
         """
         tensors = {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in (ema.state_dict() if ema else {}).items()}
         state, rest = _pack(optimizer, adapter)
         if not write:
             return self.path(step)
@@ -103,10 +109,10 @@ class Checkpoints:
                     f"the run has made {done} steps already, more than steps={steps}; write {done} or more"
                 )
 
-    def restore(self, adapter: Trainable, optimizer: Optimizer) -> tuple[int, dict[str, Any]]:
+    def restore(self, adapter: Trainable, optimizer: Optimizer, ema: Ema | None = None) -> tuple[int, dict[str, Any]]:
         """Loads the newest whole checkpoint; gives its step and `extra`, or (0, {}) where there is none.
 
-        Raises `InputError` if it was made with another identity, or for another adapter.
+        Raises `InputError` if it was made with another identity, for another adapter, or without `ema`'s averages.
         """
         path = self.newest()
         if path is None:
@@ -118,7 +124,12 @@ class Checkpoints:
         if ours != theirs:
             equal = "equals an uninterrupted run only up to rounding"
             print(f"note: {path.name} was made with {theirs} threads, this run has {ours} and {equal}", file=sys.stderr)
-        _load_adapter(path, adapter, {k[8:]: v for k, v in tensors.items() if k.startswith("adapter.")})
+        _load_adapter(path, adapter, _under("adapter.", tensors))
+        if ema:
+            averages = _under("ema.", tensors)
+            if not averages:
+                raise InputError(f"{path} holds no averages: it was made without ema; go on without it")
+            ema.load_state_dict(averages)
         _unpack(optimizer, adapter, tensors, header["optimizer"])
         return int(header["step"]), header["extra"]
 
@@ -138,15 +149,21 @@ class Checkpoints:
 
 
 def adapter_of(path: Path) -> dict[str, Tensor] | None:
-    """The adapter's tensors in a training checkpoint; None of any other file, also of one that is not whole."""
+    """The adapter's tensors in a training checkpoint, averages (`vismodal.ema`) where it has them, as its run's samples
+    were drawn; None of any other file, also of one that is not whole."""
     try:
         with safe_open(path, "pt") as file:
             if "vismodal_training" not in (file.metadata() or {}):
                 return None
-            names = [name for name in file.keys() if name.startswith("adapter.")]  # noqa: SIM118 - not a mapping
-            return {name.removeprefix("adapter."): file.get_tensor(name) for name in names}
+            names = [name for name in file.keys() if name.startswith(("adapter.", "ema."))]  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
+            return _under("adapter.", tensors) | _under("ema.", tensors)
     except SafetensorError:
         return None
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _is_whole(path: Path) -> bool:
@@ -188,12 +205,15 @@ def _names(optimizer: Optimizer, adapter: Trainable) -> list[str]:
 
 def _pack(optimizer: Optimizer, adapter: Trainable) -> tuple[dict[str, Tensor], dict[str, Any]]:
     names, state = _names(optimizer, adapter), optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
+    tensors, seen = dict[str, Tensor](), set[int]()
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        for key, value in _flat(values).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{names[index]}.{key}"] = whole(value)
+                mine = whole(value)
+                shared = mine.data_ptr() in seen  # bitsandbytes' tables; safetensors writes nothing twice
+                seen.add(mine.data_ptr())
+                tensors[f"optimizer.{names[index]}.{key}"] = mine.clone() if shared else mine
             else:
                 scalars.setdefault(names[index], {})[key] = value
     groups = [{key: value for key, value in g.items() if key != "params"} for g in state["param_groups"]]
@@ -212,10 +232,30 @@ def _unpack(optimizer: Optimizer, adapter: Trainable, tensors: Mapping[str, Tens
         found = {k: spread_like(v, mine) if v.shape == mine.shape else v for k, v in found.items()}
         found |= rest["scalars"].get(name, {})
         if found:
-            state[index] = found
+            state[index] = _nested(found)
     groups = []
     for ours, theirs in zip(optimizer.state_dict()["param_groups"], rest["groups"], strict=True):
         as_ours = {k: tuple(v) if isinstance(ours.get(k), tuple) else v for k, v in theirs.items()}
         groups.append(ours | as_ours)
     with torch.no_grad():
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One parameter's state without dicts in it, {"a": {"b": x}} as {"a/b": x}: bitsandbytes keeps its 8 bits so."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= {f"{key}/{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`_flat` backwards."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        outer, slash, inner = key.partition("/")
+        if slash:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[key] = value
+    return nested

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vismodal.attach import Models, models_of
-from vismodal.bank import Bank, bank_of
+from vismodal.bank import bank_of
 from vismodal.errors import InputError
 from vismodal.fingerprint import BANK
+from vismodal.ports import SpanPort
 
 Row = str | None | Sequence[str]  # an adapter, the base, or several adapters in order
 ROUTED = ("a row's own", 1.0)  # a state that no recomputation by checkpointing is in, so that each is refused
@@ -35,8 +37,9 @@ def route(model: Models, rows: Sequence[Row]) -> Iterator[None]:
 
     A batch of k times as many rows is taken for k copies of the batch, one after the other, as classifier-free guidance
     makes them. Arguments with as many rows as the batch (the first tensor among them says how many) are cut; all others
-    go to every part as they are. Of several models, each uses those adapters that it has. Gradients reach each adapter
-    from its own rows, until the next `vm.use`.
+    go to every part as they are. An adapter's `condition` has a row for each of `rows`, whoever they belong to. Of
+    several models, each uses those adapters that it has. Gradients reach each adapter from its own rows, until the next
+    `vm.use`.
 
     What runs parts of the model by itself, past its call and its `encode_image` or the like, is refused. Raises
     `InputError` for a name that no model has, and in a forward for a batch whose rows do not fit, or an output
@@ -79,8 +82,8 @@ def _routed(model: nn.Module, rows: Sequence[tuple[str, ...]]) -> Iterator[None]
     held = {name: model.__dict__.get(name, _NOTHING) for name in ways}
     try:
         for name in ways:
-            model.__dict__[name] = _Parts(bank, mine, getattr(model, name))
-        _refuse(bank, f"rows are routed here: call the model itself, or one of {', '.join(ways[1:])}")
+            model.__dict__[name] = _Parts(model, mine, getattr(model, name), name == "forward")
+        _refuse(model, f"rows are routed here: call the model itself, or one of {', '.join(ways[1:])}")
         yield
     finally:
         for name, value in held.items():
@@ -89,41 +92,51 @@ def _routed(model: nn.Module, rows: Sequence[tuple[str, ...]]) -> Iterator[None]
             else:
                 model.__dict__[name] = value
         bank.act(active)
-        _refuse(bank, "")
+        _refuse(model, "")
 
 
-def _refuse(bank: Bank, why: str) -> None:
-    for port in bank.ports.values():
+def _refuse(model: nn.Module, why: str) -> None:
+    for port in bank_of(model).ports.values():
         port.recompute.refuse = why
+        if isinstance(port, SpanPort):
+            port.passing = bool(why) and port.modules["enter"] is model
 
 
 class _Parts:
     """A way into a model on whose every row its own adapters act."""
 
-    def __init__(self, bank: Bank, rows: Sequence[tuple[str, ...]], way: Callable[..., Any]):
-        self.bank, self.rows, self.way = bank, rows, way
+    def __init__(self, model: nn.Module, rows: Sequence[tuple[str, ...]], way: Callable[..., Any], call: bool):
+        self.model, self.rows, self.way = model, rows, way
+        self.part = way
+        for port in bank_of(model).ports.values() if call else ():  # what hooks do around the model's own call
+            if isinstance(port, SpanPort):
+                self.part = partial(port.around, model, self.part)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ports = self.bank.ports.values()
+        ports = bank_of(self.model).ports.values()
         why = next((port.recompute.refuse for port in ports), "")
         if not why:  # one way leads through another
             return self.way(*args, **kwargs)
-        _refuse(self.bank, "")
+        _refuse(self.model, "")
         try:
-            return _in_parts(self.way, self.rows, self.act, args, kwargs)
+            return _in_parts(self.part, self.rows, self.act, args, kwargs)
         finally:
-            _refuse(self.bank, why)
+            bank_of(self.model).stream.part = None
+            _refuse(self.model, why)
 
-    def act(self, choice: Sequence[str]) -> None:
-        self.bank.act(choice)
-        for port in self.bank.ports.values():
+    def act(self, choice: Sequence[str], count: int, at: Sequence[int]) -> None:
+        """These adapters from now on, on the rows `at` of a batch of `count`."""
+        bank = bank_of(self.model)
+        bank.stream.part = count, at
+        bank.act(choice)
+        for port in bank.ports.values():
             port.state = (*port.state, ROUTED)
 
 
 def _in_parts(
     forward: Callable[..., Any],
     rows: Sequence[tuple[str, ...]],
-    act: Callable[[Sequence[str]], None],
+    act: Callable[[Sequence[str], int, Sequence[int]], None],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -137,7 +150,7 @@ def _in_parts(
     places = [[i for i, row in enumerate(tiled) if row == choice] for choice in choices]
     outputs = []
     for choice, at in zip(choices, places, strict=True):
-        act(choice)
+        act(choice, count, at)
         args, kwargs = pytree.tree_unflatten([_rows(leaf, count, at) for leaf in leaves], tree)
         outputs.append(forward(*args, **kwargs))
     order = torch.tensor([i for at in places for i in at]).argsort()

@@ -106,6 +106,8 @@ def save_config(config: DataclassInstance, folder: Path) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
@@ -120,10 +122,12 @@ def bases(adapter: Adapter) -> dict[str, str]:
 
 
 def digest(photos: Iterable[Photo]) -> str:
-    """Pictures and captions as a short hash: their content, wherever they lie."""
+    """Pictures, captions and masks as a short hash: their content, wherever they lie."""
     total, count = hashlib.sha256(), 0
     for photo in photos:
         total.update(repr((photo.image.size, photo.caption)).encode() + photo.image.tobytes())
+        if photo.mask is not None:
+            total.update(b"mask" + photo.mask.tobytes())
         count += 1
     return f"{count} pictures {total.hexdigest()[:12]}"
 
@@ -144,15 +148,16 @@ def at_least(config: DataclassInstance, least: float, *names: str) -> None:
             raise InputError(f"{name} must be at least {least}, not {getattr(config, name)}")
 
 
-def read_and_tell(folder: Path, size: int | None = None, captions: bool = True) -> list[Photo]:
-    """The photos of a folder, with their captions or without; the files that are left out are named on stderr.
+def read_and_tell(folder: Path, size: int | None = None, captions: bool = True, masks: bool = True) -> list[Photo]:
+    """The photos of a folder, with their captions and masks or without; files that are left out are named on stderr.
 
     Photos are shrunk to twice the `size` they are used in, or 1024, so that a hundred from a phone fit into memory.
     """
     found = read_photos(folder, side=max(1024, 2 * (size or 0)))
     for rejected in found.rejected:
         print(f"skipped {rejected}", file=sys.stderr)
-    return [photo if captions else replace(photo, caption=None) for photo in found.photos]
+    without: dict[str, Any] = ({} if captions else {"caption": None}) | ({} if masks else {"mask": None})
+    return [replace(photo, **without) for photo in found.photos]
 
 
 def resume_command(pipeline: str, folder: Path) -> str:

@@ -59,11 +59,12 @@ class Span:
 
     Paths are relative; a part may be -1 for the last child, -2 for the one before it. `taps` gives names to modules in
     between whose output is read or replaced: {"normed": "norm1"}; a path with a star taps it in every child, as
-    "blocks.0", "blocks.1", ... for {"blocks": "blocks.*"}. `width` is the path of a module whose weight or shape tells
-    the number of channels of the stream, `channels` the axis on which they lie; where they change on the way, `widths`
-    has such paths for the taps, by name. Several spans of one kind on a module are told apart by `name`. `when` says
-    for which instances it holds.
-    `room`, by "enter" or the name of a tap, says how that module runs on more tokens than it was made for.
+    "blocks.0", "blocks.1", ... for {"blocks": "blocks.*"}, and "a|b" behind the star is a, or b in a child without it.
+    `width` is the path of a module whose weight or shape tells the number of channels of the stream, `channels` the
+    axis on which they lie; where they change on the way, `widths` has such paths for the taps, by name. Several spans
+    of one kind on a module are told apart by `name`. `when` says for which instances it holds. `room`, by "enter" or
+    the name of a tap, says how that module runs on more tokens than it was made for. `heads` is the number of heads of
+    the attention that the span is in.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Span:
     widths: Mapping[str, str] = field(default_factory=dict, hash=False)
     when: Callable[[nn.Module], bool] | None = None
     room: Mapping[str, Room] = field(default_factory=dict, hash=False)
+    heads: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class Site:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)  # of a span: "enter", "exit" and the taps
     depth: int = 0  # number of blocks in the tower
     width: int = 0  # of a span: channels of its stream
+    heads: int = 0  # of a span in attention, where it says so
     widths: Mapping[str, int] = field(default_factory=dict)  # of a span whose channels change: by the name of the tap
     within: tuple[Site, ...] = ()  # of a span over blocks: the sites in them
     device: torch.device | None = None  # of a span: where the parameters of the module that declares it lie

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from vismodal.callbacks import Callback, Log
 from vismodal.draw import generator, seed_of
+from vismodal.ema import Ema
 from vismodal.errors import InputError
 from vismodal.interrupt import Interrupts
 from vismodal.resume import Checkpoints, Trainable
@@ -128,14 +129,18 @@ def fit(
     checkpoints: Checkpoints | None = None,
     log: Path | None = None,
     callbacks: Sequence[Callback] = (),
+    ema: Ema | None = None,
+    patience: int = 1,
 ) -> Outcome:
     """Trains `adapter`'s parameters to lower `loss`, from the newest of `checkpoints` where there is one.
 
-    `log` is the metrics.jsonl. Ctrl-C and SIGTERM save a checkpoint and give an `Outcome` with `stopped`.
+    `log` is the metrics.jsonl. `ema` takes in the parameters after each update; wearing it is left to the caller.
+    `patience` is within how many steps each site has to get a gradient: 1, unless a loss may leave some out by chance.
+    Ctrl-C and SIGTERM save a checkpoint and give an `Outcome` with `stopped`.
     Raises `InputError` if the loss or the gradient is not finite (the last good state is saved before), if a site of
     the adapter turns out dead, and if the checkpoint is another run's or has more than `plan.steps` steps.
     """
-    run = _Run(loss, adapter, optimizer, plan, accelerator or Accelerator(), checkpoints)
+    run = _Run(loss, adapter, optimizer, plan, accelerator or Accelerator(), checkpoints, ema, patience)
     main = run.accelerator.is_main_process
     watchers = callbacks if main else ()
     lines = Log(log, run.step) if log is not None and main else None
@@ -174,8 +179,10 @@ class _Run:
         plan: Plan,
         accelerator: Accelerator,
         checkpoints: Checkpoints | None,
+        ema: Ema | None,
+        patience: int,
     ) -> None:
-        self.loss, self.adapter, self.optimizer, self.plan = loss, adapter, optimizer, plan
+        self.loss, self.adapter, self.optimizer, self.plan, self.ema = loss, adapter, optimizer, plan, ema
         self.accelerator, self.checkpoints, self.scaler = accelerator, checkpoints, accelerator.scaler
         self.parameters: list[nn.Parameter] = [p for g in optimizer.param_groups for p in g["params"]]
         self.rates = [float(g["lr"]) for g in optimizer.param_groups]
@@ -183,8 +190,9 @@ class _Run:
         self.stop = Interrupts(flag_only=accelerator.num_processes > 1)
         if checkpoints:
             checkpoints.check(plan.steps)
-        self.step, extra = checkpoints.restore(adapter, optimizer) if checkpoints else (0, {})
+        self.step, extra = checkpoints.restore(adapter, optimizer, ema) if checkpoints else (0, {})
         self.saved = self.first = self.step
+        self.patience, self.dead = patience, list[str]()
         if self.scaler is not None and "scaler" in extra:
             self.scaler.load_state_dict(extra["scaler"])
 
@@ -195,8 +203,9 @@ class _Run:
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
         totals = self._share(self._backward())
-        if self.step == self.first:
+        if self.step == self.first or self.dead:
             self._check_alive()
+        self._rest()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         totals["gradient"] = whole(nn.utils.clip_grad_norm_(self.parameters, self.plan.clip or math.inf))
@@ -210,6 +219,8 @@ class _Run:
             else:
                 self.optimizer.step()
             self.adapter.advance(self.step + 1, self.plan.steps)
+            if self.ema:
+                self.ema.update(self.step + 1)
             self.step, self.metrics = self.step + 1, metrics
             if log:
                 log.write(self.step, metrics)
@@ -247,6 +258,13 @@ class _Run:
         self.stop.asked = bool(stop > 0)
         return dict(zip(totals, means[len(gradients) :], strict=True))
 
+    def _rest(self) -> None:
+        """What learns no more has no gradient: it neither moves, in any optimiser, nor counts in the norm."""
+        for group in self.optimizer.param_groups:
+            if self.step >= group.get("last", self.plan.steps):
+                for parameter in group["params"]:
+                    parameter.grad = None
+
     def _check_alive(self) -> None:
         mine = {id(p) for _, p in self.adapter.named_parameters()}
         strange = sum(id(p) not in mine for p in self.parameters)
@@ -257,11 +275,13 @@ class _Run:
             )
         if len({is_sharded(p) for p in self.parameters}) > 1:
             raise InputError("some of the adapter is sharded and some is not; call fully_shard on the whole model too")
-        dead = self.adapter.unused()
-        if dead:
+        dead = [site for site in self.adapter.unused() if self.step == self.first or site in self.dead]
+        self.dead = dead
+        if dead and self.step - self.first + 1 >= self.patience:
             shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
+            when = "the first step" if self.patience == 1 else f"the first {self.patience} steps"
             raise InputError(
-                f"{len(dead)} sites of the adapter did not run or got no gradient in the first step: {shown}. Leave "
+                f"{len(dead)} sites of the adapter did not run or got no gradient in {when}: {shown}. Leave "
                 "them out with sites= or where=, or undo what was done to the model after adapt (fuse_qkv_projections?)"
             )
 
@@ -280,12 +300,15 @@ class _Run:
 
     def save(self) -> None:
         """Writes a checkpoint of the present step unless there is one."""
+        with self.stop.shielded():
+            if self.ema:  # a stop may have come while the adapter wore the averages
+                self.ema.take_off()
         if self.checkpoints is None or self.saved == self.step:
             return
         with self.stop.shielded():
             extra = {"scaler": self.scaler.state_dict()} if self.scaler is not None else {}
             write = self.accelerator.is_main_process
-            self.checkpoints.save(self.step, self.adapter, self.optimizer, extra, write=write)
+            self.checkpoints.save(self.step, self.adapter, self.optimizer, extra, ema=self.ema, write=write)
             self.saved = self.step
         self.accelerator.wait_for_everyone()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vismodal.methods.base import Part
+from vismodal.methods.base import Condition, Part
 from vismodal.quantised import is_quantised
 from vismodal.site import Range
 
@@ -28,6 +28,8 @@ class Entry:
     axis: int
     ran: bool = False
     dropped: bool = False  # left out by its adapter's limit
+    condition: Condition | None = None  # what its adapter has been given, where its method needs something
+    waits: bool = False  # for a condition, without which it does not act
 
 
 @dataclass(eq=False)
@@ -38,6 +40,12 @@ class Group:
     scale: float
     cls: Any = field(init=False)  # their class, a WeightModule or SpanModule
     parts: tuple[Part, ...] = field(init=False)
+
+    @property
+    def name(self) -> str:
+        """The adapter's name, with the number of the condition under which it acts."""
+        first = self.entries[0]
+        return first.adapter if first.condition is None else f"{first.adapter} (condition {first.condition.number})"
 
     def __post_init__(self) -> None:
         self.cls = type(self.entries[0].module)

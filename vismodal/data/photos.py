@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +23,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from vismodal.data.captions import METADATA, metadata_captions, text_caption
 from vismodal.data.decode import MAX_PIXELS, Unusable, decode
+from vismodal.data.masks import belongs_to, is_mask, read_mask
+from vismodal.data.shapes import cut_box
 from vismodal.errors import InputError, one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -32,15 +34,17 @@ _IGNORED = ("thumbs.db", "desktop.ini", "__macosx")
 
 @dataclass(frozen=True)
 class Photo:
-    """One usable photo: its file, the upright RGB picture, and its caption where the folder has one.
+    """One usable photo: its file, the upright RGB picture, its caption and its mask where the folder has them.
 
-    `size` is the (width, height) that it had before it was shrunk on reading; None where it was not read here.
+    `size` is the (width, height) that it had before it was shrunk on reading; None where it was not read here. The mask
+    is grey, of the picture's size: what is white is learnt.
     """
 
     path: Path
     image: Image.Image
     caption: str | None = None
     size: tuple[int, int] | None = None
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,13 @@ class Photos:
 
 
 def read_photos(folder: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS, side: int | None = None) -> Photos:
-    """Reads the jpg, png and webp pictures directly in `folder`, with their captions.
+    """Reads the jpg, png and webp pictures directly in `folder`, with their captions and masks.
 
     Pictures come out as RGB: turned as EXIF says, transparency laid on white, 16-bit grey scaled (not clipped), of an
     animation the first frame; colour profiles are not applied. What a file is, is told by its content, not its name.
     `max_pixels` is compared with the size in the file's header, before anything is decoded and whatever
     `PIL.Image.MAX_IMAGE_PIXELS` says. `side` shrinks larger pictures on reading, to that shorter side in pixels, so
-    that a hundred phone photos fit into memory. Captions: see `vismodal.data.captions`.
+    that a hundred phone photos fit into memory. Captions: see `vismodal.data.captions`; masks: `vismodal.data.masks`.
 
     Hidden files are ignored; every other file that gives no photo is in `Photos.rejected` with its reason.
     Raises InputError if the folder is not there, holds no usable photo, or if its metadata.jsonl is wrong.
@@ -78,14 +82,17 @@ def read_photos(folder: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS,
     entries = listing(root)
     captions, rejected = _captions(root, [path for path in entries if os.path.isfile(path)])
     photos: list[Photo] = []
+    masks = [path for path in entries if is_mask(path) and os.path.isfile(path)]
     for path in entries:
-        if _holds_captions(path):
+        if _holds_captions(path) or path in masks:
             continue
         try:
             picture = read_picture(path, max_pixels)
             photos.append(Photo(path, _shrunk(picture, side), captions.get(path), picture.size))
         except Unusable as error:
             rejected.append(Rejected(path, one_line(str(error))))
+    photos, unused = _masked(photos, masks, max_pixels)
+    rejected += unused
     if not photos:
         raise InputError(_nothing(root, rejected))
     return Photos(tuple(photos), tuple(sorted(rejected, key=lambda r: natural(r.path.name))))
@@ -112,24 +119,18 @@ def pixels(
         raise ValueError(f'crop is "center" or "random", not {crop!r}')
     if (crop == "random" or flip) and generator is None:
         raise ValueError('crop="random" and flip=True draw from a generator: give generator=torch.Generator()')
-    box = square_box(image.width, image.height, size, generator if crop == "random" else None)
-    # Only the square is resized, never the whole picture: a strip of 16 x 100,000 would become gigabytes first.
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    tensor: Tensor = pil_to_tensor(square).float() / 127.5 - 1  # 3 h w
+    shape = (size, size)
+    tensor = cut(image, shape, cut_box(*image.size, shape, generator if crop == "random" else None))
     mirrored = flip and bool(torch.randint(2, (), generator=generator))
     return tensor.flip(-1) if mirrored else tensor
 
 
-def square_box(
-    width: int, height: int, size: int, generator: torch.Generator | None
-) -> tuple[float, float, float, float]:
-    """The square's box (left, top, right, bottom) in source pixels: the middle, or where `generator` puts it."""
-    short, long = min(width, height), max(width, height)
-    # Whole steps of *output* pixels: a picture that has the right size already is then cut, not interpolated.
-    steps = max(0, round(long * size / short) - size)
-    step = steps // 2 if generator is None else int(torch.randint(steps + 1, (), generator=generator))
-    start = min(step * short / size, long - short)
-    return (start, 0, start + short, short) if width > height else (0, start, short, start + short)
+def cut(image: Image.Image, shape: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+    """A box (left, top, right, bottom) of an RGB picture at (height, width), a float32 tensor 3 h w in [-1, 1]."""
+    # Only the box is resized, never the whole picture: a strip of 16 x 100,000 would become gigabytes first.
+    part = image.resize(shape[::-1], Image.Resampling.BICUBIC, box=box)
+    tensor: Tensor = pil_to_tensor(part).float() / 127.5 - 1
+    return tensor
 
 
 def _folder(given: str | os.PathLike[str]) -> Path:
@@ -199,6 +200,25 @@ def _captions(root: Path, files: Sequence[Path]) -> tuple[dict[Path, str], list[
         if caption is not None:
             captions |= dict.fromkeys(pictures, caption)
     return captions, rejected
+
+
+def _masked(photos: Sequence[Photo], masks: Sequence[Path], max_pixels: int) -> tuple[list[Photo], list[Rejected]]:
+    """The photos with their masks, and the masks that could not serve."""
+    found, rejected = list(photos), []
+    for path in masks:
+        try:
+            mask = read_mask(read_picture(path, max_pixels))
+            whose = [i for i, photo in enumerate(found) if belongs_to(path, photo.path)]
+            if not whose:
+                raise Unusable("a mask that belongs to no photo (a.mask.png is the mask of a.jpg)")
+            for i in whose:
+                if found[i].size != mask.size:
+                    sizes = ["{} x {}".format(*size) for size in (mask.size, found[i].size or (0, 0))]
+                    raise Unusable(f"a mask of {sizes[0]} pixels, where {found[i].path.name} has {sizes[1]}")
+                found[i] = replace(found[i], mask=mask.resize(found[i].image.size, Image.Resampling.BOX))
+        except Unusable as error:
+            rejected.append(Rejected(path, one_line(str(error))))
+    return found, rejected
 
 
 def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -1,92 +1,21 @@
-"""The training of a latent denoiser: keyed rows of pictures, noise and noise levels, and their loss."""
+"""The training of a latent denoiser: rows of pictures, keyed noise and noise levels, and their loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vismodal.data.photos import pixels, square_box
 from vismodal.diffusion import losses
-from vismodal.diffusion.encode import draw_latents, encode_images, encode_prompts
+from vismodal.diffusion.encode import encode_prompts
+from vismodal.diffusion.generate import evaluating
 from vismodal.diffusion.kinds import Frame, Pipe, Texts, kind_of
+from vismodal.diffusion.pictures import Reading, Row
 from vismodal.diffusion.processes import Density, Process, process_of
-from vismodal.draw import shuffled
 from vismodal.train import Micro
-
-Crop = Literal["center", "random"]
-
-
-class Row(NamedTuple):
-    """One row of a batch: its latent (1, c, h, w), its prompt, and where the square comes from."""
-
-    latent: Tensor
-    prompt: str
-    frame: Frame
-
-
-class Pictures:
-    """An endless shuffled reading of pictures: which one comes when, how it is cut, and its latent are drawn by key.
-
-    Args:
-        name: of the set ("instance", "class"), part of every key: two sets draw independently.
-        prompts: one for each picture.
-        size: side of the square in pixels.
-        cache: encode once, keeping mean and deviation (for a picture and its mirror image), where `crop` allows it.
-        sizes: (width, height) of each picture as it was found, where it has been resized since.
-    """
-
-    def __init__(
-        self,
-        pipe: Pipe,
-        name: str,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str],
-        *,
-        size: int,
-        crop: Crop = "center",
-        flip: bool = False,
-        cache: bool = True,
-        sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> None:
-        self.pipe, self.name, self.images, self.prompts = pipe, name, images, prompts
-        self.sizes = sizes or [image.size for image in images]
-        self.size, self.crop, self.flip = size, crop, flip
-        self.cached: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-        if cache and crop == "center":
-            for index in range(len(images)):
-                for mirrored in (False, True)[: 1 + flip]:
-                    self.cached[index, mirrored] = self._encode(pixels(images[index], size), mirrored)
-
-    def draw(self, micro: Micro, place: int) -> Row:
-        """The row at one place of the reading."""
-        index = shuffled(micro.seed, self.name, len(self.images), place)
-        mirrored = self.flip and bool(torch.randint(2, (), generator=micro.generator(f"{self.name} flip", place)))
-        if (index, mirrored) in self.cached:
-            mean, std = self.cached[index, mirrored]
-        else:
-            cut = micro.generator(f"{self.name} crop", place)
-            mean, std = self._encode(pixels(self.images[index], self.size, crop=self.crop, generator=cut), mirrored)
-        noise = torch.randn(mean.shape, generator=micro.generator(f"{self.name} latent", place))
-        latent = draw_latents(self.pipe, mean, std, noise.to(mean))
-        return Row(latent, self.prompts[index], self._frame(micro, place, index, mirrored))
-
-    def _frame(self, micro: Micro, place: int, index: int, mirrored: bool) -> Frame:
-        """Where the square lies, drawn again by the key that it was cut by."""
-        (width, height), original = self.images[index].size, self.sizes[index]
-        cut = micro.generator(f"{self.name} crop", place) if self.crop == "random" else None
-        left, top, right, bottom = square_box(width, height, self.size, cut)
-        scale = self.size / (bottom - top)
-        corner = round(top * scale), round((width - right if mirrored else left) * scale)
-        return Frame((original[1], original[0]), corner, (self.size, self.size))
-
-    def _encode(self, image: Tensor, mirrored: bool) -> tuple[Tensor, Tensor]:
-        """One at a time: what a picture becomes does not depend on its neighbours in a batch."""
-        return encode_images(self.pipe, (image.flip(-1) if mirrored else image)[None])
 
 
 class Prompts:
@@ -132,33 +61,91 @@ class Weights:
         return process
 
 
+@dataclass
+class _Batch:
+    """Rows of one shape, which share a forward pass; `rows` are their places in the micro-batch."""
+
+    rows: Sequence[int]
+    noisy: Tensor
+    level: Tensor
+    target: Tensor
+    prompts: Sequence[str]
+    frames: Sequence[Frame]
+    mask: Tensor | None
+
+    def errors(self, predicted: Tensor) -> Tensor:
+        """The squared error of each row, (B,)."""
+        if self.mask is None:
+            return losses.per_sample_mse(predicted, self.target)
+        return losses.per_sample_masked_mse(predicted, self.target, self.mask)
+
+
+Base = Callable[[], AbstractContextManager[None]]  # within it a model is as it was before it was adapted
+
+
 def denoising(
-    pipe: Pipe, sets: Sequence[Pictures], prompts: Prompts, batch: int, weights: Weights
+    pipe: Pipe, sets: Sequence[Reading], prompts: Prompts, batch: int, weights: Weights, base: Base | None = None
 ) -> Callable[[Micro], Mapping[str, Tensor]]:
     """The loss of a micro-batch with `batch` rows of the first set and, with a prior, as many of the second one.
 
-    A row's picture, prompt, noise, level and weight are made together, row by row: they cannot come out of step.
+    A row's picture, prompt, noise, level and weight are made together, row by row: they cannot come out of step. Rows
+    of one shape share a forward pass; the loss is as if each had one of its own.
+
+    With `base` (`adapter.disabled`) the second set's target is what the unadapted model says of the same noisy latents
+    and the same prompts, its text encoders unadapted too, in eval mode and without gradients.
     """
     kind, process = kind_of(pipe), weights.process(pipe)
-    device = kind.model(pipe).device
+
+    def predict(one: _Batch, rows: Sequence[int]) -> Tensor:
+        texts, frames = prompts([one.prompts[i] for i in rows]), [one.frames[i] for i in rows]
+        whole = len(rows) == len(one.rows)
+        noisy, level = (one.noisy, one.level) if whole else (one.noisy[list(rows)], one.level[list(rows)])
+        return kind.predict(pipe, noisy, process.time(level), texts, frames)
 
     def loss(micro: Micro) -> Mapping[str, Tensor]:
         places = [(pictures, place) for pictures in sets for place in micro.positions(batch)]
-        rows = [pictures.draw(micro, place) for pictures, place in places]
-        x = torch.cat([row.latent for row in rows])
-        noise = torch.stack([_noise(micro, p.name, place, x.shape[1:], weights) for p, place in places]).to(device)
-        generators = [micro.generator(f"{p.name} level", place) for p, place in places]
-        level = torch.stack([process.draw(generator, x.shape) for generator in generators]).to(device)
-        texts, frames = prompts([row.prompt for row in rows]), [row.frame for row in rows]
-        predicted = kind.predict(pipe, process.add_noise(x, noise, level), process.time(level), texts, frames)
-        each = losses.per_sample_mse(predicted, process.target(x, noise, level))
-        weight = losses.prior_weight(batch, len(rows) - batch, weights.prior).to(device)
+        drawn = [(pictures.name, place, pictures.draw(micro, place)) for pictures, place in places]
+        batches = _batches(micro, drawn, process, weights, kind.model(pipe).device)
+        if base is not None:  # before the first forward pass that a backward pass is to follow
+            with evaluating(*kind.modules(pipe)), base():
+                for one in batches:
+                    of_class = [i for i, row in enumerate(one.rows) if row >= batch]
+                    if of_class:
+                        one.target = one.target.clone()
+                        one.target[of_class] = predict(one, of_class).to(one.target)
+        each = torch.cat([one.errors(predict(one, range(len(one.rows)))) for one in batches])
+        back = torch.tensor([row for one in batches for row in one.rows]).argsort()
+        each, level = each[back], torch.cat([one.level for one in batches])[back]
+        weight = losses.prior_weight(batch, len(drawn) - batch, weights.prior).to(each.device)
         if weights.min_snr:
             weight = weight * process.min_snr(level, weights.min_snr)
         means = {p.name: each[i * batch : (i + 1) * batch].mean() for i, p in enumerate(sets)} if len(sets) > 1 else {}
         return {"loss": losses.weighted_sum(each, weight), **means}
 
     return loss
+
+
+def _batches(
+    micro: Micro, drawn: Sequence[tuple[str, int, Row]], process: Process, weights: Weights, device: torch.device
+) -> list[_Batch]:
+    """Rows, each with its set's name and its place in the reading, noised and put together by their shapes."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, (_, _, row) in enumerate(drawn):
+        shapes.setdefault(row.latent.shape, []).append(i)
+    batches = []
+    for shape, members in shapes.items():
+        keys, rows = [drawn[i][:2] for i in members], [drawn[i][2] for i in members]
+        x = torch.cat([row.latent for row in rows])
+        noise = torch.stack([_noise(micro, name, place, shape[1:], weights) for name, place in keys]).to(device)
+        levels = [process.draw(micro.generator(f"{name} level", place), x.shape) for name, place in keys]
+        level = torch.stack(levels).to(device)
+        noisy, target = process.add_noise(x, noise, level), process.target(x, noise, level)
+        prompts, frames = [row.prompt for row in rows], [row.frame for row in rows]
+        whole = torch.ones(1, 1, *shape[2:], device=device)
+        masks = [whole if row.mask is None else row.mask for row in rows]
+        mask = torch.cat(masks) if any(row.mask is not None for row in rows) else None
+        batches.append(_Batch(members, noisy, level, target, prompts, frames, mask))
+    return batches
 
 
 def _noise(micro: Micro, name: str, place: int, shape: Sequence[int], weights: Weights) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -49,18 +49,19 @@ def native_size(pipe: Pipe) -> int:
     return kind_of(pipe).native(pipe)
 
 
-def warn_of_long(pipe: Pipe, prompts: Sequence[str]) -> None:
-    """Tells on stderr which prompts no text encoder sees to their end."""
+def warn_of_long(pipe: Pipe, prompts: Sequence[str] | Mapping[str, str]) -> None:
+    """Tells on stderr which prompts no text encoder sees to their end: as they are, or by the names that they have."""
     kind = kind_of(pipe)
     tokenizers = {name: getattr(pipe, tokenizer_of(name)) for name in kind.readers(pipe)}
-    for prompt in dict.fromkeys(prompts):
+    named = prompts if isinstance(prompts, Mapping) else {prompt: prompt for prompt in prompts}
+    for prompt, called in named.items():
         with _unwarned():
             unseen = min(
                 len(tokenizer(prompt).input_ids) - kind.tokens.get(name, tokenizer.model_max_length)
                 for name, tokenizer in tokenizers.items()
             )
         if unseen > 0:
-            print(f"warning: the text encoder does not see the last {unseen} tokens of {prompt!r}", file=sys.stderr)
+            print(f"warning: the text encoder does not see the last {unseen} tokens of {called!r}", file=sys.stderr)
 
 
 @contextmanager

@@ -40,12 +40,12 @@ def generate(
     size: int,
     steps: int,
     guidance: float,
-    negative: str = "",
+    negative: Sequence[str] = (),
     batch: int = 4,
 ) -> list[Image.Image]:
     """One image for each prompt and its seed, as plain `pipe(prompt, generator=...)` gives it, `batch` at a time.
 
-    `negative` is what guidance leads away from, for all images alike.
+    `negative` is what guidance leads away from, for each image; nothing where none is given.
 
     The latents are decoded here because a denoiser in half precision goes with an autoencoder in fp32, which the
     pipeline itself cannot mix.
@@ -63,7 +63,7 @@ def generate(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 output_type="latent",
-                **({"negative_prompt": [negative] * len(generators)} if negative else {}),
+                **({"negative_prompt": list(negative[start : start + batch])} if any(negative) else {}),
                 **kind.calling,
             ).images
             decoded = decode_latents(pipe, kind.unpack(pipe, latents, size))
@@ -104,9 +104,11 @@ def fill_folder(
     Whoever finds them and whoever makes them reads the same: the files are lossless, seeds depend on numbers alone,
     and batches always hold the same numbers, also after a run that was stopped in between.
     """
+    from vismodal.data.masks import is_mask
     from vismodal.data.photos import SUFFIXES
 
-    own = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("generated-")]
+    there = [p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES and not is_mask(p)]
+    own = [p for p in there if not p.name.startswith("generated-")]
     names = [folder / f"generated-{i:05d}.png" for i in range(max(0, count - len(own)))]
     made = 0
     missing = [

@@ -31,6 +31,9 @@ class Pipe(Protocol):
     vae_scale_factor: int
     default_sample_size: int
 
+    @property
+    def config(self) -> Any: ...
+
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any: ...
     def set_progress_bar_config(self, **kwargs: Any) -> None: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -87,6 +90,11 @@ class Kind:
         """Side of the squares of latents that are one token of the denoiser; 1 for a UNet."""
         return int(self.model(pipe).config.get("patch_size") or 1)
 
+    def grid(self, pipe: Pipe) -> int:
+        """Pixels of which the sides of pictures of any shape are multiples, for all of a UNet's floors to be whole."""
+        floors = len(self.model(pipe).config.get("block_out_channels") or (0,)) - 1
+        return pipe.vae_scale_factor * self.patch(pipe) * int(2**floors)
+
     def native(self, pipe: Pipe) -> int:
         """Side in pixels of the square images that the model was made for."""
         return int(self.model(pipe).config.sample_size) * pipe.vae_scale_factor
@@ -128,6 +136,9 @@ class XL(Kind):
 
     def encode(self, pipe: Pipe, prompts: Sequence[str]) -> Texts:
         hidden, _, pooled, _ = self._encoded(pipe, prompts, do_classifier_free_guidance=False)
+        if "" in prompts and pipe.config.force_zeros_for_empty_prompt:  # what guidance leads away from
+            said = torch.tensor([bool(prompt) for prompt in prompts]).to(hidden)
+            hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
         return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
     def predict(self, pipe: Pipe, noisy: Tensor, time: Tensor, texts: Texts, frames: Sequence[Frame]) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from vismodal.diffusion.kinds import Kind, Pipe, kind_named, kind_of
-from vismodal.diffusion.processes import process_of
+from vismodal.diffusion.processes import process_of, zero_terminal_snr
 from vismodal.errors import InputError
+from vismodal.quantised import quantise
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,6 +60,14 @@ def load_pipeline(model: str | Path, precision: str = "no", device: torch.device
     _check_parts(pipe, model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def prepare(pipe: Pipe, zero_snr: bool, int8: bool) -> None:
+    """What is changed of a model before it is adapted: its noise (`zero_terminal_snr`), and linear layers in int8."""
+    if zero_snr:
+        zero_terminal_snr(pipe)
+    if int8:
+        quantise(kind_of(pipe).model(pipe))
 
 
 def _index(folder: Path) -> dict[str, Any]:

@@ -103,6 +103,20 @@ def per_sample_mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
+def per_sample_masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The same as a weighted mean: (B, C, H, W), (B, C, H, W), mask (B, 1, H, W) -> (B,).
+
+    A sample counts as much as any other, however small its mask is; where all of it is 0, the loss is 0.
+    """
+    if mask.shape != (len(target), 1, *target.shape[2:]):
+        raise ValueError(f"the mask {tuple(mask.shape)} is not (batch, 1, height, width) of {tuple(target.shape)}")
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    each = (prediction.float() - target.float()).square().mean(1, keepdim=True)  # B 1 H W
+    total = mask.flatten(1).sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (each * mask).flatten(1).sum(1) / total
+
+
 def weighted_sum(losses: Tensor, weight: Tensor) -> Tensor:
     """sum_i weight_i losses_i: (B,), (B,) -> scalar. Anything but one weight for each sample raises."""
     if losses.shape != weight.shape or losses.ndim != 1:

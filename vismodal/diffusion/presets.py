@@ -11,6 +11,7 @@ from torch import nn
 import vismodal as vm
 from vismodal.diffusion.kinds import Pipe, kind_of
 from vismodal.errors import InputError
+from vismodal.methods import Method
 
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "attention": ("attn.*", "xattn.*"),
@@ -21,15 +22,15 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
 _NO_MATRICES = ("norm", "bias", "head")
 
 
-def sites_of(model: nn.Module, sites: Sequence[str]) -> tuple[str, ...]:
-    """Kinds of sites for LoRA on this model, where `sites` are kinds, globs and presets.
+def sites_of(model: nn.Module, sites: Sequence[str], method: type[Method] = vm.LoRA) -> tuple[str, ...]:
+    """Kinds of sites for a method on this model, where `sites` are kinds, globs and presets.
 
     Presets: attention; +ff, the feed-forward layers besides; +conv, the convolutions besides; all, every matrix there
     is. They leave out what the model lacks, as cross-attention in an MMDiT; kinds and globs of one's own stay as they
-    are. Raises `InputError` for +conv where there are no convolutions.
+    are. Raises `InputError` for +conv where there are no convolutions, and for presets where the method fits nothing.
     """
     offered = vm.sites(model)
-    kinds = {s.kind for s in offered if not s.whole and not s.blocked and vm.LoRA.fits(s)}.difference(_NO_MATRICES)
+    kinds = {s.kind for s in offered if not s.whole and not s.blocked and method.fits(s)}.difference(_NO_MATRICES)
     chosen: dict[str, None] = {}
     for given in sites:
         if given == "+conv" and "conv" not in kinds:
@@ -37,6 +38,8 @@ def sites_of(model: nn.Module, sites: Sequence[str]) -> tuple[str, ...]:
         globs = PRESETS.get(given)
         meant = [given] if globs is None else [k for k in sorted(kinds) if any(fnmatchcase(k, g) for g in globs)]
         chosen |= dict.fromkeys(meant)
+    if not chosen:
+        raise InputError(f"{method.__name__} fits no {', '.join(sites)} of a {type(model).__name__}; name its sites")
     return tuple(chosen)
 
 
@@ -45,14 +48,19 @@ def adapted(pipe: Pipe, text: bool) -> dict[str, nn.Module]:
 
     Raises `InputError` where no text encoder can.
     """
+    denoiser = kind_of(pipe).denoiser
+    return {denoiser: getattr(pipe, denoiser), **(encoders_of(pipe) if text else {})}
+
+
+def encoders_of(pipe: Pipe) -> dict[str, nn.Module]:
+    """The text encoders that can be trained, by name. Raises `InputError` where none can."""
     kind = kind_of(pipe)
-    if text and not kind.trainable:
+    if not kind.trainable:
         raise InputError(
             f"the text encoder of a {type(pipe).__name__} is a {type(pipe.text_encoder).__name__}, which cannot be "
-            "trained here; write --train_text_encoder false"
+            "trained here; write --train_text_encoder false, and no --tokens"
         )
-    names = (kind.denoiser, *(kind.trainable if text else ()))
-    return {name: getattr(pipe, name) for name in names}
+    return {name: getattr(pipe, name) for name in kind.trainable}
 
 
 def checkpoint_gradients(models: Mapping[str, Any]) -> None:

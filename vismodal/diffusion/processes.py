@@ -6,7 +6,7 @@ Which of the two a model is, and with what numbers, is read from its scheduler's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +109,41 @@ def process_of(pipe: Pipe, density: Density = "logit_normal") -> Process:
     if name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
         return Flow(density, config, kind_of(pipe).patch(pipe))
     return Diffusion(*noise_schedule(pipe))
+
+
+def zero_terminal_snr(pipe: Pipe) -> None:
+    """Lets the noise of a pipeline end in noise alone, in training and sampling (Lin et al. 2023, arXiv 2305.08891).
+
+    Its alpha_bar become those of their algorithm 1: sqrt(alpha_bar) is shifted to end at 0 and stretched to begin where
+    it did. Sampling is theirs (section 3.3): DDIM, which begins at the last level ("trailing"), whatever sampler there
+    was. Raises `InputError` unless the model predicts v: of noise alone, epsilon says nothing about the picture.
+    """
+    from diffusers import DDIMScheduler
+
+    config, needed = pipe.scheduler.config, "zero_snr needs a model that predicts v by diffusion"
+    if isinstance(process_of(pipe), Flow):
+        raise InputError(
+            f"{needed}; this one is trained by flow matching, whose last level is noise alone anyway. "
+            "Write --zero_snr false"
+        )
+    given = config.get("prediction_type", "epsilon")
+    if given != "v_prediction":
+        raise InputError(
+            f"{needed} (prediction_type v_prediction, as Stable Diffusion 2.1 at 768 pixels), "
+            f"and this one predicts {given}. Write --zero_snr false, or --offset_noise 0.05 for dark and light pictures"
+        )
+    pipe.scheduler = DDIMScheduler.from_config(
+        config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
+
+
+ZERO_SNR = "zero_snr"  # key in the header of an adapter's file
+
+
+def sample_as_trained(pipe: Pipe, headers: Iterable[Mapping[str, str]]) -> None:
+    """`zero_terminal_snr` where one of the adapters that are to act was trained so, as their headers say."""
+    if any(ZERO_SNR in header for header in headers):
+        zero_terminal_snr(pipe)
 
 
 def noise_schedule(pipe: Pipe) -> tuple[losses.Prediction, Tensor]:

@@ -19,13 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 
 import vismodal as vm
-from vismodal.diffusion.adapters import Shelf, Use
+from vismodal.diffusion.adapters import NONE, Shelf, Use
 from vismodal.diffusion.generate import generate
 from vismodal.diffusion.kinds import Flux, Pipe, kind_of
 from vismodal.errors import InputError
 
 _TAG = re.compile(r"<lora:([^:<>]*)(?::([^:<>]*))?>")
-NONE = "none"
+_LIKE_A_TAG = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:", re.IGNORECASE)  # of web UIs, and slips of the pen
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def parse_prompt(text: str, usual: Sequence[Use]) -> tuple[str, tuple[Use, ...]]
     Raises `InputError` for a tag that cannot be read, and for a prompt of nothing but tags.
     """
     tags = list(_TAG.finditer(text))
-    if len(tags) != text.count("<lora:"):
+    if len(tags) != len(_LIKE_A_TAG.findall(text)):
         raise InputError(f"the tag in {text!r} is not whole; write <lora:NAME> or <lora:NAME:STRENGTH>")
     uses = tuple(_use(tag, text) for tag in tags)
     named = tuple(use for use in uses if use.name != NONE)
@@ -121,15 +121,16 @@ def draw(
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(requests), batch), desc=what, unit="batch", leave=False):
         part = requests[start : start + batch]
+        shelf.give(len(part))
         with vm.route(shelf.models, rows[start : start + batch]):
             images += generate(
                 pipe,
-                [request.prompt for request in part],
+                [shelf.spell(request.prompt, request.uses) for request in part],
                 [request.seed for request in part],
                 size=manner.size,
                 steps=manner.steps,
                 guidance=manner.guidance,
-                negative=manner.negative,
+                negative=[shelf.spell(manner.negative, request.uses) for request in part],
                 batch=batch,
             )
     return images

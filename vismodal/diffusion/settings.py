@@ -1,14 +1,15 @@
 """PNGs that say how they were made: what `vismodal generate --like X.png` reads.
 
-A text chunk `vismodal` holds the settings as JSON. Files and local models are named without their folders, which are
-nobody's business where a picture is shown; an adapter is known by the digest of its file.
+A text chunk `vismodal` holds the settings as JSON, another, `parameters`, what web UIs read. Files and local models are
+named without their folders, which are nobody's business where a picture is shown; an adapter is known by the digest of
+its file.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from vismodal.diffusion.adapters import FILE, digest_of
+from vismodal.diffusion.adapters import FILES, digest_of
 from vismodal.errors import InputError
 from vismodal.files import write_file
 from vismodal.runs import CONFIG
@@ -34,6 +35,14 @@ class Worn(NamedTuple):
     strength: float
 
 
+class Given(NamedTuple):
+    """A picture that steered an adapter: the adapter's name, the picture's file and digest."""
+
+    name: str
+    file: str
+    digest: str
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a picture was made.
@@ -45,6 +54,8 @@ class Settings:
         base: shapes and values of the denoiser's fingerprint.
         adapters: those that acted, in order.
         version: of vismodal.
+        sampler: as web UIs call it.
+        conditions: what steered the adapters that something steers.
     """
 
     prompt: str
@@ -58,15 +69,56 @@ class Settings:
     base: tuple[str, str]
     adapters: tuple[Worn, ...]
     version: str
+    sampler: str = ""
+    conditions: tuple[Given, ...] = ()
 
 
 def write_picture(path: Path, image: Image.Image, settings: Settings) -> Path:
     """A PNG with its settings, whole or absent."""
     chunks, buffer = PngInfo(), io.BytesIO()
-    plain = asdict(settings) | {"adapters": [worn._asdict() for worn in settings.adapters]}
+    plain = asdict(settings) | {
+        "adapters": [worn._asdict() for worn in settings.adapters],
+        "conditions": [given._asdict() for given in settings.conditions],
+    }
     chunks.add_text(CHUNK, json.dumps(plain))
+    chunks.add_text("parameters", parameters(settings))
     image.save(buffer, "png", pnginfo=chunks)
     return write_file(path, buffer.getvalue())
+
+
+# schedulers by the names that web UIs have for their samplers
+_SAMPLERS = {
+    "DDIM": "DDIM", "PNDM": "PLMS", "EulerDiscrete": "Euler", "EulerAncestralDiscrete": "Euler a", "LMSDiscrete": "LMS",
+    "HeunDiscrete": "Heun", "KDPM2Discrete": "DPM2", "KDPM2AncestralDiscrete": "DPM2 a", "UniPCMultistep": "UniPC",
+    "DPMSolverMultistep": "DPM++ 2M", "DPMSolverSDE": "DPM++ SDE", "FlowMatchEulerDiscrete": "Euler", "LCM": "LCM",
+}  # fmt: skip
+
+
+def sampler_of(scheduler: object) -> str:
+    """A scheduler of diffusers as web UIs call its sampler; by its own name where they have none."""
+    name = type(scheduler).__name__.removesuffix("Scheduler")
+    return _SAMPLERS.get(name, name)
+
+
+def parameters(settings: Settings) -> str:
+    """The settings as AUTOMATIC1111's web UI writes and reads them: prompt with tags, negative, then one line of pairs.
+
+    Adapters stand in the prompt as `<lora:NAME:STRENGTH>`. A value with a comma, colon or line break is quoted.
+    """
+    tags = "".join(f" <lora:{worn.name}:{worn.strength:g}>" for worn in settings.adapters)
+    pairs = {
+        "Steps": settings.steps,
+        "Sampler": settings.sampler,
+        "CFG scale": f"{settings.guidance:g}",
+        "Seed": settings.seed,
+        "Size": f"{settings.size}x{settings.size}",
+        "Model": settings.model or "tiny-sd",
+        "Version": f"vismodal {settings.version}",
+    }
+    texts = {name: str(value) for name, value in pairs.items() if value != ""}
+    quoted = {n: json.dumps(v, ensure_ascii=False) if set(v) & set(",:\n") else v for n, v in texts.items()}
+    lines = [f"{settings.prompt}{tags}", *([f"Negative prompt: {settings.negative}"] if settings.negative else [])]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in quoted.items())])
 
 
 def read_settings(path: Path) -> Settings:
@@ -81,8 +133,9 @@ def read_settings(path: Path) -> Settings:
     try:
         given: dict[str, Any] = json.loads(text)
         worn = tuple(Worn(a["name"], a["file"], a["digest"], float(a["strength"])) for a in given.pop("adapters"))
+        steering = tuple(Given(a["name"], a["file"], a["digest"]) for a in given.pop("conditions", ()))
         shapes, values = given.pop("base")
-        return Settings(**given, base=(shapes, values), adapters=worn)
+        return Settings(**given, base=(shapes, values), adapters=worn, conditions=steering)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"the settings in {path} are of another version, or damaged: {error!r}") from error
 
@@ -101,17 +154,30 @@ def find_adapters(picture: Path, worn: Sequence[Worn]) -> list[str]:
 
     Raises `InputError` for the first that is not found.
     """
-    listed = (str(text) for text in beside(picture).get("adapters") or ())
-    named = [Path(text.partition("=")[2] if "=" in text and not Path(text).exists() else text) for text in listed]
-    return [f"{each.name}={_found(each, picture, named)}" for each in worn]
+    return _find(picture, worn, "adapters", "the adapter")
 
 
-def _found(worn: Worn, picture: Path, named: Iterable[Path]) -> Path:
-    places = [place / FILE if place.is_dir() else place for place in (path.expanduser() for path in named)]
-    for path in (*places, picture.parent / worn.file, Path(worn.file)):
-        if path.is_file() and digest_of(path) == worn.digest:
-            return path
-    raise InputError(
-        f"{picture.name} was made with the adapter {worn.name!r}, {worn.file} (SHA-256 {worn.digest}...), which is not "
-        f"here; write --adapters {worn.name}=FILE"
-    )
+def find_conditions(picture: Path, given: Sequence[Given]) -> list[str]:
+    """Where the pictures lie that steered a picture's adapters, as `find_adapters` says it."""
+    return _find(picture, given, "conditions", "a condition of")
+
+
+def _find(picture: Path, wanted: Sequence[Worn] | Sequence[Given], setting: str, what: str) -> list[str]:
+    listed = (str(text) for text in beside(picture).get(setting) or ())
+    named = [
+        Path(text.partition("=")[2] if "=" in text and not Path(text).expanduser().exists() else text)
+        for text in listed
+    ]
+    given = [path.expanduser() for path in named]
+    places = [place for path in given for place in ((path / file for file in FILES) if path.is_dir() else (path,))]
+    found = []
+    for each in wanted:
+        there = (path for path in (*places, picture.parent / each.file, Path(each.file)) if path.is_file())
+        path = next((path for path in there if digest_of(path) == each.digest), None)
+        if path is None:
+            raise InputError(
+                f"{picture.name} was made with {what} {each.name!r}, {each.file} (SHA-256 {each.digest}...), which is "
+                f"not here; write --{setting} {each.name}=FILE"
+            )
+        found.append(f"{each.name}={path}")
+    return found

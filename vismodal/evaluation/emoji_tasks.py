@@ -1,7 +1,8 @@
 """The two tasks of `vismodal bench emoji`: a style and a subject, with pictures to learn from and questions.
 
 Both are asked for by a rare word, as in DreamBooth: "a drawing of a strawberry in sks style on a blue background",
-"a drawing of sks penguin on a blue background". What is drawn *without* the word must not change.
+"a drawing of sks penguin on a blue background". What is drawn *without* the word must not change. Where the word gets
+vectors of its own (textual inversion), they begin as a word that the model knows: "drawing", and the subject's name.
 
 Nothing that is asked was learnt from: the style is asked of emoji whose Fluent drawing no part of tiny-sd has seen, not
 even its autoencoder, and the subject on grounds that none of its pictures has.
@@ -45,11 +46,15 @@ class Captioned:
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt, the questions that measure it, and for a prior what is usual and has to stay."""
+    """What is learnt, the questions that measure it, and for a prior what is usual and has to stay.
+
+    `begin` is what a new word for it begins as.
+    """
 
     name: str
     learnt: Captioned
     questions: Sequence[Question]
+    begin: str
     usual: Captioned | None = None
 
 
@@ -98,7 +103,7 @@ def style(emojis: Emojis, word: str, count: int, views: int, seed: int) -> Task:
 
     learnt = composites(emojis.other_fluent, "learnt", count, views, seed)
     asked = [replace(q, prompt=worded(q.prompt)) for q in plain(emojis, len(emojis.noto) - 1)]
-    return Task("style", replace(learnt, captions=[worded(c) for c in learnt.captions]), asked)
+    return Task("style", replace(learnt, captions=[worded(c) for c in learnt.captions]), asked, begin="drawing")
 
 
 def composites(emoji: Sequence[Emoji], purpose: str, count: int, views: int, seed: int) -> Captioned:
@@ -130,7 +135,8 @@ def subject(emojis: Emojis, word: str, pictures: int, count: int, views: int, se
     name = f"a drawing of {word} {emoji.names[0]} on a {{}} background"
     asked = [Question(name.format(g), len(emojis.noto) - 1, g) for g in GROUNDS for _ in range(pictures)]
     learnt = Captioned(images, [name.format(background_of(at)) for at in layouts])
-    return Task("subject", learnt, asked, usual=composites(emojis.other_noto, "usual", count, views, seed))
+    usual = composites(emojis.other_noto, "usual", count, views, seed)
+    return Task("subject", learnt, asked, begin=emoji.names[0], usual=usual)
 
 
 def plain(emojis: Emojis, count: int) -> list[Question]:

@@ -82,6 +82,15 @@ def level(i: int) -> Span:
     return Span("features.stage", first, last, taps, f"{first}.conv2", channels=1, name=str(i))
 
 
+# from the queries of cross-attention to what its output projection reads
+BESIDE = Span(
+    "xattn.beside",
+    "attn2",
+    "attn2",
+    {"q": "attn2.to_q", "k": "attn2.to_k", "v": "attn2.to_v", "out": "attn2.to_out.0"},
+    "attn2.to_q",
+    heads=lambda block: int(block.attn2.heads),
+)
 LEVELS = tuple(level(i) for i in range(8))  # a UNet has as many of them as it has blocks downwards
 
 TABLE: Table = {
@@ -96,6 +105,7 @@ TABLE: Table = {
         Span("keys", "attn1", "attn1", {"k": "attn1.to_k", "v": "attn1.to_v"}, "attn1.to_k", when=_reads_itself),
         # PixArt masks the keys of its text, which are as many as it has words
         Span("xattn.keys", "attn2", "attn2", {"k": "attn2.to_k", "v": "attn2.to_v"}, "attn2.to_k", when=_not_single),
+        BESIDE,
         *attention("attn", "attn1", _reads_itself),
         *attention("xattn", "attn1", _reads_text),
         *attention("xattn", "attn2"),
@@ -159,6 +169,15 @@ TABLE: Table = {
             {"mid": "mid_block", "block": "up_blocks.*"},
             channels=1,
             widths={"mid": "mid_block.resnets.0.conv2", "block": "up_blocks.*.resnets.0.conv2"},
+        ),
+        # the stream at the end of each resolution, before it is halved
+        Span(
+            "encoder",
+            "conv_in",
+            "down_blocks.-1",
+            {"block": "down_blocks.*.attentions.-1|resnets.-1"},
+            channels=1,
+            widths={"block": "down_blocks.*.resnets.-1.conv2"},
         ),
         Span("model", "conv_in", "conv_out", width="conv_out", channels=1),
         Weight("conv", "conv_in.weight"),

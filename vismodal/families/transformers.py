@@ -41,7 +41,8 @@ def blocks(layers: str, norm: str, first: str = "", last: str = "") -> tuple[Spa
 
 POOLED = "its mask and the place of the token that it is pooled at are made for a fixed number of tokens"
 TEXT = (
-    Span("text.tokens", "embeddings.token_embedding", "embeddings.token_embedding", width="embeddings.token_embedding"),
+    # from where ids come in: the model pools where the end of the text is among them
+    Span("text.tokens", "", "embeddings.token_embedding", width="embeddings.token_embedding"),
     Span("features", "encoder.layers.0", "encoder.layers.-1", {"block": "encoder.layers.*"}, "final_layer_norm"),
 )
 
@@ -120,12 +121,24 @@ SMALL: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attenti
 SMALL_PICTURES: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 16}
 
 
+SMALL_TEXTS: dict[str, Any] = {**SMALL, "vocab_size": 64, "max_position_embeddings": 8}
+SMALL_TEXTS |= {"bos_token_id": 62, "eos_token_id": 63}
+
+
 def example() -> nn.Module:
     """A small model, by whose sites `vm.methods` tells what works."""
     return vit.ViTForImageClassification(vit.ViTConfig(**SMALL_PICTURES))
 
 
+def text_example() -> nn.Module:
+    """A small one for texts."""
+    return clip.CLIPTextModel(clip.CLIPTextConfig(**SMALL_TEXTS))
+
+
 def clip_example() -> nn.Module:
-    """The same with two towers."""
-    text = {**SMALL, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 63}
-    return clip.CLIPModel(clip.CLIPConfig(text_config=text, vision_config=SMALL_PICTURES, projection_dim=16))
+    """One with two towers."""
+    config = clip.CLIPConfig(text_config=SMALL_TEXTS, vision_config=SMALL_PICTURES, projection_dim=16)
+    return clip.CLIPModel(config)
+
+
+MORE = (text_example,)  # examples that have sites of their own

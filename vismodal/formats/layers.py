@@ -2,8 +2,8 @@
 
     {"unet.mid_block.attentions.0.proj_in": {"lora_down.weight": A, "lora_up.weight": B, "alpha": alpha}}
 
-Modules are named as diffusers has them, below `unet`, `text_encoder` and `text_encoder_2`; of the text encoders with
-`text_model.`. The tensors of a layer say what its weight W, out x in [x kh x kw], becomes; with s = alpha / r:
+Modules are named as diffusers has them, below `unet` or `transformer`, `text_encoder` and `text_encoder_2`; of the text
+encoders with `text_model.`. The tensors of a layer say what its weight W, out x in [x kh x kw], becomes; s = alpha / r:
 
     lora   W + s up down [mid]          up: out r [1 1], down: r in [kh kw]; s = 1 without alpha
     dora   m V / |V|                    that W is V, m = dora_scale: out 1 [1 1], |V| by rows
@@ -26,7 +26,8 @@ from vismodal.errors import InputError
 Layer = Mapping[str, Tensor]
 Layers = dict[str, dict[str, Tensor]]
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+DENOISERS = ("unet", "transformer")
+COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2")
 
 _NEEDS: dict[str, tuple[set[str], ...]] = {
     "lora": ({"lora_down.weight", "lora_up.weight"},),
@@ -57,8 +58,18 @@ def algorithm(module: str, layer: Layer) -> str:
         if any(needs <= layer.keys() <= needs | _MAY[name] for needs in choices):
             if name == "oft" and layer["oft_blocks"].dim() != 3:
                 raise InputError(f"{module} has oft_blocks of {layer['oft_blocks'].dim()} axes: BOFT is not known here")
+            if "alpha" in layer and layer["alpha"].numel() != 1:
+                raise InputError(f"{module} has an alpha of {layer['alpha'].numel()} numbers; a layer has one")
+            if name == "lora":
+                _check_product(module, layer["lora_up.weight"], layer["lora_down.weight"])
             return name
     raise InputError(f"{module} has {some(layer)}, which is no whole layer of {', '.join(_NEEDS)}")
+
+
+def _check_product(module: str, up: Tensor, down: Tensor) -> None:
+    if min(up.dim(), down.dim()) < 2 or up.shape[1] != len(down):
+        shapes = ("x".join(map(str, t.shape)) for t in (up, down))
+        raise InputError(f"{module} has an up of {' and a down of '.join(shapes)}, which are no product; is it whole?")
 
 
 def some(names: Iterable[str], most: int = 4) -> str:
@@ -92,6 +103,14 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     product = tensor.float() * factor
     rounded = product.to(tensor.dtype)
     return rounded if torch.equal(rounded.float(), product) else product
+
+
+def rows(layer: Layer) -> int:
+    """The rows of the weight that a layer is for. Of LoKr, which does not tell, 0."""
+    if "oft_blocks" in layer:
+        return layer["oft_blocks"].shape[0] * layer["oft_blocks"].shape[1]
+    names = ("lora_up.weight", "hada_w1_a", "diff", "w_norm")
+    return next((len(layer[name]) for name in names if name in layer), 0)
 
 
 def with_alpha(layer: Layer, value: float) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def methods_for(layers: Layers, sites: Sequence[Site]) -> list[tuple[Method, dic
     groups: dict[tuple[Any, ...], dict[str, tuple[Site, dict[str, Tensor]]]] = {}
     for module, layer in layers.items():
         if module not in by_module:
-            raise InputError(f"the base model has no {module} that can be adapted; write another --base")
+            raise InputError(f"the base model has no {module} that can be adapted; give the one that the file is for")
         site = by_module[module]
         group, ready = _READ[algorithm(module, layer)](module, plain(layer), site)
         groups.setdefault(group, {})[module] = (site, ready)
@@ -62,12 +62,16 @@ Made = tuple[Method, dict[str, dict[str, Tensor]]]
 def _fit(module: str, given: Sequence[int], have: Sequence[int]) -> None:
     if tuple(given) != tuple(have):
         shapes = ["x".join(map(str, s)) for s in (have, given)]
-        raise InputError(f"{module} is {shapes[0]} in the base model and {shapes[1]} in the file; write another --base")
+        raise InputError(
+            f"{module} is {shapes[0]} in the base model and {shapes[1]} in the file; give the one it is for"
+        )
 
 
 def _undecorated(module: str, layer: Layer) -> None:
     if "dora_scale" in layer:
-        raise InputError(f"{module} is {method_of(module, layer)}, which is no method of vismodal; write --to kohya")
+        raise InputError(
+            f"{module} is {method_of(module, layer)}, which is no method of vismodal; convert it --to kohya"
+        )
 
 
 def _read_lora(module: str, layer: Layer, site: Site) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
@@ -76,7 +80,9 @@ def _read_lora(module: str, layer: Layer, site: Site) -> tuple[tuple[Any, ...], 
     if "dora_scale" not in layer:
         return (_make_lora, LoRA), dict(layer)
     if len(layer["dora_scale"]) != len(B):
-        raise InputError(f"{module} has DoRA's magnitudes for columns, and here they are for rows; write --to kohya")
+        raise InputError(
+            f"{module} has DoRA's magnitudes for columns, and here they are for rows; convert it --to kohya"
+        )
     return (_make_lora, DoRA), dict(layer)
 
 
@@ -128,7 +134,7 @@ def _read_lokr(module: str, layer: Layer, site: Site) -> tuple[tuple[Any, ...], 
     choices = (None, a, b, c, d)
     factor = next((f for f in choices if (factorise(rows, f), factorise(columns, f)) == ((a, b), (c, d))), -1)
     if factor == -1:
-        raise InputError(f"{module} is {a}x{c} (x) {b}x{d}, which no factor of LoKr here gives; write --to kohya")
+        raise InputError(f"{module} is {a}x{c} (x) {b}x{d}, which no factor of LoKr here gives; convert it --to kohya")
     ready = {"w1": w1}
     low = w2 is None and r < max(b, d) / 2
     if low:
@@ -171,9 +177,11 @@ def _read_values(module: str, layer: Layer, site: Site) -> tuple[tuple[Any, ...]
     assert weight is not None
     _fit(module, weight.shape, site.tensor.shape)
     if W.is_meta:
-        raise InputError(f"{module} is a difference, and vismodal holds the values themselves; write --base FOLDER")
+        raise InputError(
+            f"{module} is a difference, and vismodal holds the values themselves; give the base as a folder"
+        )
     if bias is not None and b is None:
-        raise InputError(f"{module} has a bias in the file and none in the base model; write another --base")
+        raise InputError(f"{module} has a bias in the file and none in the base model; give the one it is for")
     ready = {"value": W.detach().float() + weight.float()}
     biased = b is not None and (bias is not None or site.kind == "norm")  # a norm's kind means its bias too
     if biased and b is not None:

@@ -1,9 +1,9 @@
 """Names of modules: `mid_block.resnets.0` and kohya's `mid_block_resnets_0`, diffusers' and the original's.
 
 kohya's names have underscores where a module's path has dots. They are taken apart again by the attributes that Stable
-Diffusion's UNets and CLIP's text encoders have. For SDXL kohya's scripts hold the UNet in its original form, whose
-blocks are counted through: with n residual blocks a level, `down_blocks.i.resnets.j` is
-`input_blocks.{(n + 1) i + j + 1}.0`.
+Diffusion's UNets, the transformers of SD3 and Flux and CLIP's text encoders have. For SDXL kohya's scripts hold the
+UNet in its original form, whose blocks are counted through: with n residual blocks a level, `down_blocks.i.resnets.j`
+is `input_blocks.{(n + 1) i + j + 1}.0`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ _UNET = """
     to_v to_out ff net proj proj_in proj_out conv conv1 conv2 conv_in conv_out conv_shortcut conv_norm_out time_emb_proj
     time_embedding add_embedding linear_1 linear_2 norm norm1 norm2 norm3
 """
+_TRANSFORMER = """
+    single_transformer_blocks attn add_q_proj add_k_proj add_v_proj to_add_out ff_context norm1_context proj_mlp linear
+    norm_q norm_k norm_added_q norm_added_k norm_out pos_embed x_embedder context_embedder time_text_embed
+    timestep_embedder text_embedder guidance_embedder
+"""
 _ORIGINAL = """
     input_blocks middle_block output_blocks in_layers emb_layers out_layers skip_connection time_embed label_emb op out
 """
@@ -24,7 +29,7 @@ _TEXT = """
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 layer_norm1 layer_norm2
     final_layer_norm text_projection embeddings token_embedding position_embedding
 """
-_WORDS = sorted(f"{_UNET} {_ORIGINAL} {_TEXT}".split(), key=len, reverse=True)
+_WORDS = sorted(f"{_UNET} {_TRANSFORMER} {_ORIGINAL} {_TEXT}".split(), key=len, reverse=True)
 _PART = re.compile(rf"({'|'.join(_WORDS)}|\d+)(?:_|$)")
 
 _RESNET = {
@@ -111,22 +116,29 @@ def _places(n: int) -> dict[str, str]:
 def kind_of(module: str) -> str:
     """The kind of a module's site, by its path, as `vm.sites` of the model has it; "other" where it has none."""
     parts = module.split(".")
-    cross, last = "x" if "attn2" in parts else "", parts[-1]
+    unet, last = "attentions" in parts, parts[-1]
+    cross = "x" if unet and "attn2" in parts else ""
     if parts[-2:] == ["to_out", "0"] or last == "out_proj":
         return f"{cross}attn.out"
     if last in ("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj"):
         return f"{cross}attn.{last.removeprefix('to_')[0]}"
+    if last in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+        return f"attn.add.{'out' if last == 'to_add_out' else last[4]}"
+    if module.endswith("net.0.proj") and not unet:  # a transformer's has no gate
+        return "mlp.up"
     return next((kind for kind, ends in _KINDS.items() if module.endswith(ends)), "other")
 
 
 _KINDS = {
     "mlp.in": ("ff.net.0.proj",),
-    "mlp.down": ("ff.net.2", "mlp.fc2"),
-    "mlp.up": ("mlp.fc1",),
+    "mlp.down": ("ff.net.2", "ff_context.net.2", "mlp.fc2"),
+    "mlp.up": ("mlp.fc1", "proj_mlp"),
     "proj.in": ("proj_in",),
     "proj.out": ("proj_out",),
     "conv": ("conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"),
-    "time": ("time_emb_proj", "linear_1", "linear_2"),
+    "embed.text": ("context_embedder", "text_embedder.linear_1", "text_embedder.linear_2"),
+    "time": ("time_emb_proj", "linear_1", "linear_2", ".linear"),
+    "embed": ("x_embedder", "pos_embed.proj"),
     "norm": ("norm", "norm1", "norm2", "norm3", "norm_out", "layer_norm1", "layer_norm2", "final_layer_norm"),
     "projection": ("text_projection",),
 }

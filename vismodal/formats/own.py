@@ -7,7 +7,7 @@ Q = X^T - X.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from vismodal.errors import InputError
 from vismodal.formats.halves import join
 from vismodal.formats.kohya import text_path
-from vismodal.formats.layers import Layers, rank
-from vismodal.methods import METHODS
+from vismodal.formats.layers import DENOISERS, Layers, rank
+from vismodal.formats.tokens import Tokens
+from vismodal.methods import METHODS, Method
 from vismodal.methods.dora import Decomposed
 from vismodal.methods.loha import Hadamard
 from vismodal.methods.lokr import Kronecker
 from vismodal.methods.lowrank import Product
 from vismodal.methods.noah import Elastic
 from vismodal.methods.rotation import Rotation, skew
+from vismodal.methods.textualinversion import TextualInversion, Vectors
 from vismodal.methods.tune import Copy
+from vismodal.site import Site
 
 CANNOT = "the file formats of other tools"
 
@@ -31,14 +34,14 @@ CANNOT = "the file formats of other tools"
 def module_of(path: str) -> str:
     """A module's path in a model as files have it: a text encoder's with `text_model.`."""
     component, _, rest = path.partition(".")
-    return path if component == "unet" else f"{component}.{text_path(rest)}"
+    return path if component in DENOISERS else f"{component}.{text_path(rest)}"
 
 
 # -- ours to layers ----------------------------------------------------------------------------------------------------
 
 
 def layers_of(modules: Mapping[str, nn.Module], base: Mapping[str, Tensor]) -> Layers:
-    """The layers of a live adapter.
+    """The layers of a live adapter; new words have none, see `tokens_of`.
 
     Args:
         modules: an adapter's `modules`, by "SLOT/COMPONENT.MODULE[:PART]".
@@ -53,6 +56,8 @@ def layers_of(modules: Mapping[str, nn.Module], base: Mapping[str, Tensor]) -> L
         for key, module in modules.items():
             slot, _, site = key.partition("/")
             path, _, part = site.partition(":")
+            if isinstance(module, Vectors):
+                continue
             if path.endswith(("token_embedding", "position_embedding")):
                 raise InputError(f"{CANNOT} hold no changed embeddings; leave out {key} (embed.tokens)")
             if isinstance(module, Copy) and module.slot == "bias":
@@ -134,3 +139,57 @@ def _rotation(key: str, module: Rotation, axes: int) -> dict[str, Tensor]:
     X = torch.triu(-skew(module.Q.detach()[0], module.block), 1)
     layer = {"oft_blocks": X, "alpha": torch.tensor(0.0)}
     return layer if module.g is None else {**layer, "rescale": module.g.detach().view(-1, *[1] * (axes - 1))}
+
+
+# -- new words ---------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(methods: Mapping[str, Method], tensors: Mapping[str, Tensor]) -> tuple[Tokens, dict[str, Tensor]]:
+    """The new words of an adapter or of its file, and the tensors that are of something else.
+
+    Args:
+        methods: by slot.
+        tensors: by "SLOT/COMPONENT[.MODULE]:SPAN.NAME"; of an adapter on one model alone that is the `text_encoder`.
+    """
+    found: Tokens = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        slot, _, site = key.partition("/")
+        if slot not in methods:
+            raise InputError(f"the header of a file of vismodal names no method {slot!r}, of which there is {key}")
+        method = methods[slot]
+        if not isinstance(method, TextualInversion):
+            rest[key] = tensor
+            continue
+        path = site.partition(":")[0]
+        encoder = path.partition(".")[0] if path.startswith("text_encoder") else "text_encoder"
+        for word, rows in method.rows.items():
+            found.setdefault(word, {})[encoder] = tensor[rows].detach().clone()
+    return found, rest
+
+
+def words_for(found: Tokens, sites: Sequence[Site]) -> list[tuple[Method, dict[str, dict[str, Tensor]]]]:
+    """New words as methods, one for each text encoder, with the tensors of their sites."""
+    chosen: list[tuple[Method, dict[str, dict[str, Tensor]]]] = []
+    for encoder in dict.fromkeys(encoder for rows in found.values() for encoder in rows):
+        mine = {word: rows[encoder] for word, rows in found.items() if encoder in rows}
+        here = [s for s in sites if TextualInversion.fits(s) and f"{s.path}.".startswith(f"{encoder}.")]
+        for word, rows in mine.items():
+            _check_word(word, rows, encoder, {site.width for site in here})
+        vectors = tuple(map(len, mine.values()))
+        method = TextualInversion(words=tuple(mine), vectors=vectors, where=tuple(site.path for site in here))
+        chosen.append((method, {site.key: {"v": torch.cat(list(mine.values()))} for site in here}))
+    return chosen
+
+
+def _check_word(word: str, rows: Tensor, encoder: str, widths: set[int]) -> None:
+    if word.split() != [word]:
+        raise InputError(
+            f"the token {word!r} has spaces, and prompts hold words; write vismodal convert --token NAME, or where the "
+            "file alone names it, NAME=FILE"
+        )
+    if widths and rows.shape[1] not in widths:
+        raise InputError(
+            f"the token {word!r} has {rows.shape[1]} channels, and the model's {encoder} "
+            f"{', '.join(map(str, sorted(widths)))}; give the model that it is for"
+        )

@@ -17,16 +17,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismodal.errors import InputError
-from vismodal.formats.halves import join
 from vismodal.formats.kohya import text_path
 from vismodal.formats.layers import COMPONENTS, Layer, Layers, algorithm, alpha, method_of, plain, rank, some
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-KNOWN = (*COMPONENTS, "transformer")
 WRAPPED = "base_model.model."  # before the paths in files of peft itself
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -57,13 +55,13 @@ def _check(layers: Layers) -> None:
     kohya = "write --to kohya, for web UIs and ComfyUI"
     for module, layer in layers.items():
         component = module.partition(".")[0]
-        if component not in KNOWN:
-            raise InputError(f"diffusers' LoRA files know {', '.join(KNOWN)}; the adapter has {component!r}")
+        if component not in COMPONENTS:
+            raise InputError(f"diffusers' LoRA files know {', '.join(COMPONENTS)}; the adapter has {component!r}")
         if algorithm(module, layer) != "lora":
             raise InputError(
                 f"diffusers' LoRA files hold plain LoRA only; {module} is {method_of(module, layer)}; {kohya}"
             )
-    for component in KNOWN:
+    for component in COMPONENTS:
         mine = {m: layer for m, layer in layers.items() if m.startswith(f"{component}.")}
         without = [m for m, layer in mine.items() if "dora_scale" not in layer]
         if without and len(without) < len(mine):
@@ -98,37 +96,6 @@ def _bare(path: str) -> str:
     return path.removeprefix("text_model.")
 
 
-# -- of a live adapter with LoRA alone ---------------------------------------------------------------------------------
-
-
-def to_peft(tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Our LoRA tensors as those of a diffusers file, and the file's header.
-
-    Args:
-        tensors: an adapter's `state_dict`: "SLOT/COMPONENT.MODULE.A" and ".B", for the halves of a GEGLU "MODULE:up.A".
-        scaling: the factor alpha / r (or alpha / sqrt(r)) of each "SLOT/COMPONENT.MODULE".
-
-    Raises `InputError` naming what the format cannot hold: other methods than LoRA, embeddings, other components.
-    """
-    parts: dict[str, dict[str, Layer]] = {}
-    for site in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
-        names = {key.rpartition(".")[2] for key in tensors if key.rpartition(".")[0] == site}
-        if names != {"A", "B"} or not site.startswith("lora"):
-            raise InputError(f"diffusers' LoRA files hold plain LoRA only; {site} has {', '.join(sorted(names))}")
-        if site.endswith(("token_embedding", "position_embedding")):
-            raise InputError(f"diffusers' LoRA files hold no embeddings; leave out {site} (embed.tokens)")
-        module, _, part = site.partition("/")[2].partition(":")
-        A, B = tensors[f"{site}.A"], tensors[f"{site}.B"]
-        layer = {"lora_down.weight": A, "lora_up.weight": B, "alpha": torch.tensor(scaling[site] * len(A))}
-        parts.setdefault(module, {})[part] = layer
-    return write({module: join(module, found) for module, found in parts.items()})
-
-
-def scaling_of(modules: Mapping[str, nn.Module]) -> dict[str, float]:
-    """The second argument of `to_peft`, of an adapter's `modules`."""
-    return {site: float(getattr(module, "scaling", 1.0)) for site, module in modules.items()}
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 _ENDS = {
@@ -150,6 +117,13 @@ _ALONE = {
     "conv_": "unet",
     "time_embedding.": "unet",
     "add_embedding.": "unet",
+    "transformer_blocks.": "transformer",
+    "single_transformer_blocks.": "transformer",
+    "time_text_embed.": "transformer",
+    "context_embedder.": "transformer",
+    "x_embedder.": "transformer",
+    "norm_out.": "transformer",
+    "proj_out.": "transformer",
     "text_model.": "text_encoder",
     "encoder.layers.": "text_encoder",
 }
@@ -163,7 +137,7 @@ def knows(key: str) -> bool:
 def _stem(key: str) -> str | None:
     """Component and path, however the file begins its keys."""
     key = key.removeprefix(WRAPPED)
-    if key.startswith(tuple(f"{c}." for c in KNOWN)):
+    if key.startswith(tuple(f"{c}." for c in COMPONENTS)):
         return key
     return next((f"{component}.{key}" for head, component in _ALONE.items() if key.startswith(head)), None)
 
@@ -195,7 +169,10 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Layers:
         if "dora_scale" in layer:
             layer["dora_scale"] = layer["dora_scale"].reshape(-1, *[1] * (layer["lora_down.weight"].dim() - 1))
         if settings and "alpha" not in layer:
-            layer["alpha"] = torch.tensor(_alpha(module, layer, settings))
+            try:
+                layer["alpha"] = torch.tensor(_alpha(module, layer, settings))
+            except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+                raise InputError(f"{METADATA} in the header does not tell the alpha of {module}: {error!r}") from error
     return layers
 
 
@@ -215,6 +192,8 @@ def _settings(header: Mapping[str, str], layers: Layers) -> dict[str, dict[str, 
         flat: dict[str, Any] = json.loads(header[METADATA])
     except ValueError as error:
         raise InputError(f"{METADATA} in the header is no JSON: {error}") from error
+    if not isinstance(flat, dict):
+        raise InputError(f"{METADATA} in the header is no mapping of settings")
     components = sorted({module.partition(".")[0] for module in layers})
     found: dict[str, dict[str, Any]] = {}
     for component in components:

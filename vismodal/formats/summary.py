@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vismodal.errors import InputError, one_line
 from vismodal.formats.bases import NAMES, detect
-from vismodal.formats.files import Contents, read_file, read_tensors
+from vismodal.formats.files import PICKLES, Contents, read_file, read_tensors
 from vismodal.formats.layers import Layer, alpha, method_of, rank, some
 from vismodal.formats.names import kind_of
 from vismodal.table import table
@@ -47,7 +47,7 @@ def inspect(path: str | Path) -> Summary:
     """What is in a file of an adapter or of tokens; nothing but the file is read. Raises `InputError` for another."""
     path = Path(path)
     size = f"{path.stat().st_size:,} bytes" if path.is_file() else ""
-    if path.suffix == ".safetensors" or not path.suffix:
+    if path.suffix not in PICKLES:
         tensors, header = read_tensors(path)
         if "vismodal" in header:
             return _own(tensors, header, size)
@@ -66,7 +66,7 @@ def _facts(contents: Contents) -> Iterable[tuple[str, str]]:
             yield "alpha", counted(f"{alpha(layer):g}" for layer in ranked)
         for component in dict.fromkeys(m.partition(".")[0] for m in layers):
             yield component, counted(kind_of(m) for m in layers if m.startswith(f"{component}."))
-        kind = contents.kind or detect(layers, contents.header)
+        kind = detect(layers, contents.header, contents.kind)
         yield "base", NAMES[kind] if kind else "the file does not tell"
         held = [t for layer in layers.values() for name, t in layer.items() if name != "alpha"]
         yield "parameters", f"{sum(t.numel() for t in held):,}"
@@ -135,17 +135,17 @@ def _changes_nothing(layer: Layer) -> bool:
 def _own(tensors: Mapping[str, Tensor], header: Mapping[str, str], size: str) -> Summary:
     """By the header alone, without the base model."""
     try:
-        methods = json.loads(header["methods"]).values()
-        bases = json.loads(header["base"]).items()
-    except (KeyError, ValueError) as error:
-        raise InputError(f"the header of a file of vismodal is broken: {error}") from None
+        methods = [_call(config) for config in json.loads(header["methods"]).values()]
+        bases = [(prefix, str(base["name"])) for prefix, base in json.loads(header["base"]).items()]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"the header of a file of vismodal is broken: {error!r}") from None
     sites = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
     of = [site.partition("/")[2].partition(":") for site in sites]
     facts = [
         ("format", "vismodal"),
-        *(("method", _call(config)) for config in methods),
+        *(("method", call) for call in methods),
         ("sites", counted(_kind(path, part) for path, _, part in of)),
-        *((f"base {prefix}".strip(), str(base["name"])) for prefix, base in bases),
+        *((f"base {prefix}".strip(), name) for prefix, name in bases),
         ("parameters", f"{sum(t.numel() for t in tensors.values()):,}"),
         ("size", size),
         *_notable(header),

@@ -3,7 +3,7 @@
 from vismodal.methods.adalora import AdaLoRA
 from vismodal.methods.adapterplus import AdapterPlus
 from vismodal.methods.adaptformer import AdaptFormer
-from vismodal.methods.base import Built, Method, Part, WeightModule
+from vismodal.methods.base import Built, Condition, Method, Part, WeightModule
 from vismodal.methods.boft import BOFT
 from vismodal.methods.clipadapter import CLIPAdapter
 from vismodal.methods.cocoop import CoCoOp
@@ -15,6 +15,7 @@ from vismodal.methods.dylora import DyLoRA
 from vismodal.methods.fact import FacT
 from vismodal.methods.houlsby import Houlsby
 from vismodal.methods.ia3 import IA3
+from vismodal.methods.ipadapter import IPAdapter
 from vismodal.methods.ivlp import IVLP
 from vismodal.methods.ladder import Ladder
 from vismodal.methods.loha import LoHa
@@ -33,6 +34,8 @@ from vismodal.methods.selective import BitFit, CrossAttention, LinearProbe, Norm
 from vismodal.methods.sidetuning import SideTuning
 from vismodal.methods.sparse import SparseMask
 from vismodal.methods.ssf import SSF
+from vismodal.methods.t2iadapter import T2IAdapter
+from vismodal.methods.textualinversion import TextualInversion
 from vismodal.methods.tipadapter import TipAdapter
 from vismodal.methods.tune import Tune
 from vismodal.methods.unipelt import UniPELT
@@ -46,6 +49,7 @@ METHODS: tuple[type[Method], ...] = (
     SideTuning, Ladder, ResTuningBypass, DTL,
     DoRA, PiSSA, VeRA, AdaLoRA, DyLoRA, IA3, SSF, BitFit, NormTuning, CrossAttention, LinearProbe, SparseMask,
     CoOp, CoCoOp, MaPLe, IVLP, PromptSRC, CLIPAdapter, TipAdapter,
+    TextualInversion, T2IAdapter, IPAdapter,
 )  # fmt: skip
 
 __all__ = [
@@ -66,12 +70,14 @@ __all__ = [
     "CLIPAdapter",
     "CoCoOp",
     "CoOp",
+    "Condition",
     "Convpass",
     "CrossAttention",
     "DoRA",
     "DyLoRA",
     "FacT",
     "Houlsby",
+    "IPAdapter",
     "Ladder",
     "LinearProbe",
     "LoHa",
@@ -89,6 +95,8 @@ __all__ = [
     "ResTuningBypass",
     "SideTuning",
     "SparseMask",
+    "T2IAdapter",
+    "TextualInversion",
     "TipAdapter",
     "Tune",
     "UniPELT",

@@ -77,6 +77,10 @@ class AdapterPlus(Method):
         if not self.std > 0:
             raise InputError(f"AdapterPlus: std must be above 0, not {self.std}: two zero factors have no gradients")
 
+    @property
+    def rests(self) -> bool:
+        return self.drop_path > 0
+
     @classmethod
     def fits(cls, site: Site) -> bool:
         return site.span is not None and site.kind == "block" and site.width > 0

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vismodal.errors import InputError
@@ -56,8 +57,11 @@ class SpanModule(nn.Module):
     accumulated in it. A module whose method lets it take no part just now says so by an attribute `idle`, and is not
     dead then. The key "extra" holds how many tokens other modules have joined to the stream before, "aside" a
     function that runs a module of the span on tensors of one's own: `context["aside"]("normed", prompts)`. Adapted
-    weights take part in that, spans do not.
+    weights take part in that, spans do not. Where the method needs a condition, "condition" holds it, one row for each
+    of the stream's; without one the module is not called. A module that is `whole` acts in full at every scale but 0.
     """
+
+    whole: ClassVar[bool] = False
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
         """The stream where the span begins -> what the model goes on with."""
@@ -78,6 +82,32 @@ class SpanModule(nn.Module):
     def values(self, module: nn.Module, context: dict[str, Any]) -> Mapping[str, Any]:
         """Values that stand in for attributes of `module`, where the span begins, while that runs."""
         return {}
+
+
+class Condition(NamedTuple):
+    """What a method is given beside the model's input, such as an edge map: a row for each row of the batch.
+
+    `away` stands in for `rows` where classifier-free guidance leads away from something. `number` tells it from others.
+    """
+
+    rows: Tensor
+    away: Tensor
+    number: int = 0
+
+    def of(self, count: int, part: Sequence[int] | None = None) -> Tensor:
+        """The rows for a batch of `count`, or for a `part` of it, by their places.
+
+        A batch of twice as many rows is guidance's: first those that it leads away from, then the batch itself. Raises
+        `InputError` for any other number.
+        """
+        given = len(self.rows)
+        if count not in (given, 2 * given):
+            raise InputError(
+                f"the batch has {count} rows, the condition {given}: give one for each row of the batch, as it is "
+                "before classifier-free guidance doubles it"
+            )
+        whole = self.rows if count == given else torch.cat((self.away, self.rows))
+        return whole if part is None else whole[list(part)]
 
 
 def share(module: nn.Module, shared: nn.Module) -> None:
@@ -110,9 +140,11 @@ class Method:
     paper: ClassVar[str]
     mergeable: ClassVar[bool]
     interpolates: ClassVar[bool] = True  # whether scales between 0 and 1 mean something
+    whole: ClassVar[bool] = False  # if they mean nothing: whether they may be asked for all the same, of methods beside
     starts_at_base: ClassVar[bool] = True  # whether the output is the base's until something is learnt
     elsewhere: ClassVar[tuple[tuple[str, ...], ...]] = ()  # sites that are the method where a model lacks the default
     quantised: ClassVar[bool] = True  # whether it acts where the base's weights are quantised
+    conditioned: ClassVar[bool] = False  # whether it needs a condition at each forward, and is the base without one
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -151,6 +183,13 @@ class Method:
         whole = (kinds for kinds in choices if all(any(fnmatchcase(k, kind) for k in fit) for kind in kinds))
         return next(whole, ())
 
+    def condition(self, rows: Tensor) -> Condition:
+        """What its modules are to be given for this condition, a row for each row of a batch.
+
+        Raises `InputError` for what has not the form that it needs.
+        """
+        raise NotImplementedError
+
     def loss(self, modules: Sequence[nn.Module]) -> Tensor | None:
         """A term that training adds to the task's loss, from the modules that `build` made; None without one."""
         return None
@@ -158,9 +197,18 @@ class Method:
     def step(self, modules: Sequence[nn.Module], step: int, steps: int) -> None:
         """Called after update `step` of `steps` (1 is the first), while the gradients of that update are there."""
 
+    @property
+    def rests(self) -> bool:
+        """Whether a step may leave a site without a gradient by chance, as drop-path does."""
+        return False
+
     def rate(self, tensor: str) -> float:
         """A factor on the learning rate of a tensor, by its name in the module ("B")."""
         return 1.0
+
+    def last(self, tensor: str) -> int | None:
+        """The update after which a tensor stays as it is; None where it learns to the end."""
+        return None
 
     def calibrating(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
         """In which batches run forward and backward before training, for a method that chooses by their gradients."""

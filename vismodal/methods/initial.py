@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from vismodal.errors import InputError
 
 Init = Callable[[Tensor], Tensor]
+M = TypeVar("M", bound=nn.Module)
 kaiming: Init = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 zeros: Init = nn.init.zeros_
 
@@ -29,6 +31,12 @@ def drawn(init: Init, *shape: int, device: torch.device | None) -> nn.Parameter:
     """A parameter in fp32 with the same initial values on every device."""
     on = "meta" if device is not None and device.type == "meta" else "cpu"
     return nn.Parameter(init(torch.empty(*shape, device=on, dtype=torch.float32)).to(device=device))
+
+
+def built(make: Callable[[], M], device: torch.device | None) -> M:
+    """A network in fp32 with the same initial values on every device."""
+    with torch.device("meta" if device is not None and device.type == "meta" else "cpu"):
+        return make().to(device=device, dtype=torch.float32)
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class Port:
         self.entries: list[Entry] = []
         self.live: tuple[Group, ...] = ()
         self.state: State = ()
+        self.waiting: tuple[str, ...] = ()  # adapters that would act here if they had a condition
         self.recompute = Recompute()
         self.handles: list[RemovableHandle] = []
 
@@ -48,12 +49,14 @@ class Port:
     def set(self, active: State, merged: State) -> None:
         """Which adapters act, in this order and at which scale: computed live, or baked into the parameters."""
         self.live = tuple(self._groups(active))
-        self.state = tuple((g.entries[0].adapter, g.scale) for g in self.live)
+        self.state = tuple((g.name, g.scale) for g in self.live)
+        waiting = {e.adapter for e in self.entries if e.waits and not e.dropped}
+        self.waiting = tuple(name for name, _ in active if name in waiting)
 
     def _groups(self, active: State) -> Iterator[Group]:
         """Entries by adapter in the order given, split where the method changes (a list of them)."""
         for name, scale in active:
-            mine = [e for e in self.entries if e.adapter == name and not e.dropped]
+            mine = [e for e in self.entries if e.adapter == name and not (e.dropped or e.waits)]
             for _, entries in groupby(mine, key=lambda e: (type(e.module), e.key.partition("/")[0])):
                 yield Group(tuple(entries), scale)
 

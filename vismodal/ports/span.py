@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from vismodal.methods.base import SpanModule
 from vismodal.ports.port import Port
 from vismodal.recompute import State, recomputing
 from vismodal.site import Site
-from vismodal.weights import Group
+from vismodal.weights import Entry, Group
 
 Opened = list[tuple[Group, SpanModule, dict[str, Any]]]  # modules in order, each with its context
 _NOTHING = ...  # what stands for an attribute that a module's __dict__ did not hold
@@ -25,6 +26,7 @@ class Stream:
     def __init__(self) -> None:
         self.joined: dict[str, dict[str, int]] = {}  # by tower, by port
         self.closed: dict[str, dict[str, int]] = {}  # of spans over several blocks: what they had joined
+        self.part: tuple[int, Sequence[int]] | None = None  # where a batch runs in parts: its rows, and which run now
         self.aside = False  # while a module of the model runs on a span's own tensors, and every span lets them pass
 
     def count(self, tower: str, again: bool) -> int:
@@ -53,6 +55,7 @@ class SpanPort(Port):
         self.stood: dict[str, dict[str, Any]] = {}  # by module: what its __dict__ held before other values stood in
         self.open: Opened | None = None
         self.left: Opened | None = None  # what the last forward had open, of a span over several blocks
+        self.passing = False  # while the model's own call is none to act on: its rows go through it in parts
 
     @property
     def order(self) -> tuple[bool, int]:
@@ -87,7 +90,7 @@ class SpanPort(Port):
         return self.left if self.over_blocks and recomputing() else self.open
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
-        if self.stream.aside:
+        if self.stream.aside or self.passing:
             return None
         self.recompute.check(self.state)
         again = recomputing()
@@ -95,6 +98,7 @@ class SpanPort(Port):
         if opened is None:
             self._close()  # an exception may have left one open
             self.left = None
+        self._tell_of_waiting()
         if not self.live:
             return None
         name = None if args else next(iter(kwargs))
@@ -103,7 +107,7 @@ class SpanPort(Port):
         if opened is None:
             extra = self.stream.count(self.tower, again)
             new = {"extra": extra, "aside": self.run_aside}
-            opened = [(g, cast(SpanModule, e.module), dict(new)) for g in self.live for e in g.entries]
+            opened = [(g, cast(SpanModule, e.module), new | self._given(e, x)) for g in self.live for e in g.entries]
             self.open = self.left = opened
         for _, span_module, context in opened:
             x = span_module.enter(x, context)
@@ -114,6 +118,29 @@ class SpanPort(Port):
             self._stand("enter", module, span_module.values(module, context))
         return (args, {**kwargs, name: x}) if name is not None else ((x, *args[1:]), kwargs)
 
+    def _given(self, entry: Entry, x: Tensor) -> dict[str, Any]:
+        """The condition of an entry whose method needs one, for the rows of x."""
+        if entry.condition is None:
+            return {}
+        count, part = self.stream.part or (len(x), None)
+        return {"condition": entry.condition.of(count, part).to(x.device)}
+
+    def _tell_of_waiting(self) -> None:
+        for name in () if torch.compiler.is_compiling() else self.waiting:
+            warnings.warn(
+                f"adapter {name!r} has been given no condition, so the model is the base: set its `condition`, or "
+                "write `with adapter.given(...)`",
+                stacklevel=2,
+            )
+
+    def around(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of a module with what this port does before and after the module's calls, which hooks do there."""
+        if self.modules["enter"] is module:
+            args, kwargs = self._enter(module, args, kwargs) or (args, kwargs)
+        out = forward(*args, **kwargs)
+        changed = self._exit(module, args, out) if self.modules["exit"] is module else None
+        return out if changed is None else changed
+
     def feed(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The input of the tapped module `name`, as the open modules leave it."""
         opened = self._opened()
@@ -121,8 +148,8 @@ class SpanPort(Port):
             return None
         key = None if args else next(iter(kwargs))
         x0 = x = kwargs[key] if key is not None else args[0]
-        for _, span_module, context in opened:
-            x = span_module.feed(name, x, context)
+        for group, span_module, context in opened:
+            x = _between(x, span_module.feed(name, x, context), group.scale)
         kwargs = self._make_room(name, module, x, x0, kwargs)
         return (args, {**kwargs, key: x}) if key is not None else ((x, *args[1:]), kwargs)
 
@@ -182,7 +209,7 @@ class SpanPort(Port):
 
     def _back(self, opened: Opened, y: Tensor) -> Tensor:
         for group, module, context in reversed(opened):
-            y = _between(y, module.exit(y, context), group.scale)
+            y = _between(y, module.exit(y, context), 1 if module.whole else group.scale)
         return y
 
     def tap(self, name: str, out: Any) -> Any:

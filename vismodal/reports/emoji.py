@@ -29,7 +29,7 @@ likeness: cosine with the nearest true Fluent picture on the same ground. lean: 
 Noto picture of the same emoji. style: share that leans to Fluent. named: share that is nearest to the right candidate.
 ground: share with the right colour. drift: 1 - cosine with the base's picture of the same prompt and seed, without the
 word. kept: share of those that is nearest to the right candidate's Noto picture. How far "base, other seeds" is from
-"base" shows what is noise. minutes: of training, on one core.
+"base" shows what is noise. lr: of an entry's first method. minutes: of training, on one core.
 Judge: {judge}. Definitions: `vismodal/evaluation/emoji_scores.py`."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
     return sheet
+
+
+def cut(path: Path, size: int) -> list[Image.Image]:
+    """The images of a `grid` of squares, row by row."""
+    with Image.open(path) as whole:
+        corners = [(x, y) for y in range(0, whole.height, size) for x in range(0, whole.width, size)]
+        return [whole.convert("RGB").crop((x, y, x + size, y + size)) for x, y in corners]
 
 
 def sheet(rows: Sequence[tuple[str, Image.Image]], width: int = 960) -> Image.Image:
@@ -95,12 +103,28 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return Image.fromarray(pixel.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def dreambooth_card(
-    folder: Path, settings: Mapping[str, Any], parameters: int, parts: Sequence[str], readable: bool
-) -> Path:
+@dataclass(frozen=True)
+class Using:
+    """What a model card says of an adapter.
+
+    Args:
+        methods: their names.
+        parameters: how many it has.
+        parts: of the pipeline that are adapted.
+        words: whether it has new words, which the pipeline has to be taught.
+        loading: lines by which diffusers alone loads all of it; none where it cannot.
+    """
+
+    methods: Sequence[str]
+    parameters: int
+    parts: Sequence[str]
+    words: bool
+    loading: Sequence[str]
+
+
+def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> Path:
     """README.md of a DreamBooth run's folder: what it is, how to use its files, the sheet, the settings.
 
-    `parts` are those of the pipeline that are adapted; `readable` says whether diffusers reads a file of them.
     Written as the Hub's model cards are. The licence is left for the user to state.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -113,40 +137,55 @@ def dreambooth_card(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         instance_prompt=prompt,
-        tags=["text-to-image", "lora", "dreambooth", "vismodal"],
+        tags=["text-to-image", *map(str.lower, using.methods), "dreambooth", "vismodal"],
         widget=[{"text": prompt, "output": {"url": "sheet.png"}}],
     )
     lines = [f"| {key} | `{value}` |" for key, value in settings.items() if key not in _PRIVATE and value is not None]
-    body = (_CARD_PLAIN if readable else _CARD).format(
+    source = f'"{hub or f"path/to/{name}"}"' if model else 'vismodal.paths.asset("tiny-sd")'
+    sampler = _ZERO_SNR if settings["zero_snr"] else ""
+    alone = _ALONE.format(source=source, sampler=sampler, loading="\n".join(using.loading), prompt=prompt)
+    body = _CARD.format(
         subject=settings["subject"],
         prompt=prompt,
         steps=settings["steps"],
-        parameters=parameters,
+        method=" + ".join(using.methods),
+        parameters=using.parameters,
         model=hub or name,
-        source=f'"{hub or f"path/to/{name}"}"' if model else 'vismodal.paths.asset("tiny-sd")',
-        parts=", ".join(f'"{part}": pipe.{part}' for part in parts),
+        source=source,
+        alone=alone if using.loading else "",
+        sampler=sampler,
+        parts=", ".join(f'"{part}": pipe.{part}' for part in using.parts),
+        imported="\nfrom vismodal.diffusion.words import teach" if using.words else "",
+        taught="\nteach(pipe, adapter)  # the new words" if using.words else "",
         settings="\n".join(["| setting | value |", "| --- | --- |", *lines]),
     )
     return write_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
 
 
-_PRIVATE = ("photos", "model", "output", "resume", "class_folder", "track")  # places on this machine
+_PRIVATE = ("photos", "subjects", "model", "output", "resume", "class_folder", "track")  # places on this machine
+_ZERO_SNR = """\
+from diffusers import DDIMScheduler
+
+pipe.scheduler = DDIMScheduler.from_config(
+    pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+)
+"""
 _CARD = """\
-# LoRA for "{subject}"
+# {method} for "{subject}"
 
 Trained with [vismodal](https://pypi.org/project/vismodal/)'s DreamBooth on {model}: {steps} steps, {parameters:,}
 parameters. Write **{subject}** in a prompt, as in *{prompt}*.
 
 ![before and after](sheet.png)
 
-With vismodal, where it can be scaled, merged, combined and trained further:
+{alone}With vismodal, where it can be scaled, merged, combined and trained further:
 
 ```python
 import vismodal as vm
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{imported}
 
 pipe = DiffusionPipeline.from_pretrained({source})
-adapter = vm.load({{{parts}}}, "adapter.safetensors")
+{sampler}adapter = vm.load({{{parts}}}, "adapter.safetensors"){taught}
 adapter.scale = 0.8
 image = pipe("{prompt}").images[0]
 ```
@@ -155,17 +194,15 @@ image = pipe("{prompt}").images[0]
 
 {settings}
 """
-_CARD_PLAIN = _CARD.replace(
-    "With vismodal,",
-    """With diffusers alone:
+_ALONE = """\
+With diffusers alone:
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({source})
-pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")
+{sampler}{loading}
 image = pipe("{prompt}").images[0]
 ```
 
-With vismodal,""",
-)
+"""

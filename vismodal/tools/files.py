@@ -11,8 +11,11 @@ from vismodal.tools.resize import by_place
 from vismodal.tools.saved import Saved, read_saved, write_saved
 
 
-def read_all(paths: Sequence[Path], out: Path | None, folder: bool = False) -> list[Saved]:
-    """The adapters, after a look at what is to be written. Raises `InputError` where that is missing or one of them."""
+def read_all(paths: Sequence[Path], out: Path | None, model: str | None = None, folder: bool = False) -> list[Saved]:
+    """The adapters, after a look at what is to be written; `model` as for `read_saved`.
+
+    Raises `InputError` where that is missing or one of them.
+    """
     if out is None:
         raise InputError(f"say where to write: --out {'FOLDER' if folder else 'FILE.safetensors'}")
     files = [path.expanduser() for path in paths]
@@ -21,7 +24,7 @@ def read_all(paths: Sequence[Path], out: Path | None, folder: bool = False) -> l
     for path in files:
         if path.resolve() == out.expanduser().resolve():
             raise InputError(f"--out {out} is one of the adapters, which stays as it is; write another file")
-    return [read_saved(path) for path in files]
+    return [read_saved(path, model) for path in files]
 
 
 def check_out(out: Path | None) -> Path:

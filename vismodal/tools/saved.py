@@ -7,6 +7,7 @@ write_saved(a, "copy.safetensors")
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from vismodal.adapter import Adapter
-from vismodal.checkpoint import described, header_of, read
+from vismodal.checkpoint import check, described, header_of
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.fingerprint import Fingerprint
+from vismodal.formats.bases import EMBEDDED, NAMES, base_of
+from vismodal.formats.files import as_own_on, read_any
 from vismodal.methods import AdaLoRA, DyLoRA, LoRA, Method, PiSSA, Tune
 from vismodal.methods.lowrank import Own
 from vismodal.site import Place, Site
@@ -67,9 +70,28 @@ class Saved:
         return found
 
 
-def read_saved(path: str | Path) -> Saved:
-    """Raises `InputError` where the file is missing, broken or none of ours."""
-    return Saved(str(path), *read(path))
+def read_saved(path: str | Path, model: str | None = None) -> Saved:
+    """An adapter file of vismodal, or one of diffusers, kohya or LyCORIS as vismodal would have written it.
+
+    Args:
+        path: the file.
+        model: the base of a file of others, which does not always tell it: a folder of diffusers, sd1, sd2, sdxl.
+
+    Raises `InputError` where the file is missing, broken or no adapter, and where its base is not known.
+    """
+    path = Path(path)
+    tensors, header = read_any(path)
+    if "vismodal" in header:
+        check(header, path)
+        return Saved(str(path), header, tensors)
+    known = model is not None and (model in NAMES or model == EMBEDDED or Path(model).expanduser().is_dir())
+    try:
+        made, described_by, notes = as_own_on(tensors, header, base_of(model) if model and known else None)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    for note in notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return Saved(str(path), described_by, made)
 
 
 def saved_of(adapter: Adapter, metadata: Mapping[str, str] | None = None) -> Saved:
