@@ -319,7 +319,7 @@ def test_a_visitor_goes_through_all_tabs(up):
         "Teach.write_captions", captions={"headers": ["", "", ""], "data": [["0001.png", "a.png", "sks runs"]]}
     )
     job, *_ = visitor.press(
-        "Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank=3, seed=2, other="sites: [+ff]"
+        "Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank="3", seed=" 2", other="sites: [+ff]"
     )
     number = job["value"]
     settled(up)
@@ -327,17 +327,22 @@ def test_a_visitor_goes_through_all_tabs(up):
     assert [given[key] for key in ("steps", "rank", "seed", "sites")] == [5, 3, 2, ["+ff"]]
     assert (Path(given["photos"]) / "0001.txt").read_text() == "sks runs"
     shown = visitor.press("Watch.show", job=number)
-    assert "done" in shown[1] and len(shown[8]) == 2 and len(shown[7]) == 2 and shown[6]["data"]
+    assert "done" in shown[1] and shown[8]["value"]["data"]
+    assert [len(part["value"]) for part in shown[9:11]] == [2, 2]
 
+    with pytest.raises(Exception, match="Rank of LoRA is 'many'; write a number"):
+        visitor.press("Teach.begin", rank="many")
+    visitor.press("Teach.begin", rank="")
+    settled(up)
     with pytest.raises(Exception, match="one a line"):
         visitor.press("Teach.begin", other="no settings")
     key = str(number)
     sliders = visitor.press("Create.label", adapters=[key])
     assert [slider["visible"] for slider in sliders] == [True, False, False, False]
-    visitor.press("Create.begin", prompts="sks one\nsks two", adapters=[key], seed=5)
+    visitor.press("Create.begin", prompts="sks one\nsks two", adapters=[key], seed="5")
     settled(up)
-    words, slider, pictures, sheets, _ = visitor.press("Create.show")
-    assert "4 pictures, from seed 5" in words and slider["visible"] and len(pictures) == 4 and len(sheets) == 1
+    _, words, slider, pictures, sheets, _ = visitor.press("Create.show")
+    assert "from seed 5" in words and slider["visible"] and len(pictures["value"]) == 4 and len(sheets["value"]) == 1
     with pytest.raises(Exception, match="choose one or more"):
         visitor.press("Create.begin_sweep", adapters=[])
 
@@ -433,5 +438,5 @@ def test_another_address_needs_a_password(tmp_path):
     (tmp_path / "good").write_text("correct horse\n")
     assert app.checked(app.Config(address="0.0.0.0", password_file=tmp_path / "good")) == "correct horse"
     with pytest.raises(InputError, match="NAME=FOLDER"):
-        app.models_of(app.Config(models=("folder",)))
+        app.named(("folder",), "")
     assert cli.main(["studio", "--address", "0.0.0.0"]) == 2

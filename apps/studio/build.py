@@ -46,9 +46,10 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
     with gr.Blocks(title="vismodal studio", analytics_enabled=False, delete_cache=(DAY, DAY)) as blocks:
         gr.Markdown("# vismodal studio")
         timer = gr.Timer(EVERY)
-        for name, kind in TABS.items():
-            with gr.Tab(name):
-                kind(studio, served).tie(timer, blocks)
+        with gr.Tabs(overflow_behavior="wrap"):
+            for name, kind in TABS.items():
+                with gr.Tab(name):
+                    kind(studio, served).tie(timer, blocks)
         Endpoints(studio, served).tie()
     return blocks
 
@@ -66,11 +67,12 @@ def launch(studio: Studio, cache: Path, address: str, port: int | None, password
     blocks.queue(default_concurrency_limit=8, max_size=200)
     try:
         _, local, _ = blocks.launch(
-            server_name=address, server_port=port, auth=Gate(password) if password else None, share=False,
+            server_name=address, server_port=port, auth=Gate(password) if password else None,
+            auth_message="Any name, and the password of this studio.", share=False,
             prevent_thread_lock=True, quiet=True, show_error=False, ssr_mode=False, enable_monitoring=False,
             max_file_size=studio.limits.upload, footer_links=["api", "settings"], pwa=False,
             app_kwargs={"middleware": middleware(address)}, css=CSS,
-            theme=gr.themes.Soft(font=FONTS, font_mono=MONO, primary_hue="teal", radius_size="md"),
+            theme=gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="teal", radius_size="md"),
         )  # fmt: skip
     except OSError as error:
         raise InputError(f"cannot listen on {address}: {error}; write another --port, or none") from error
