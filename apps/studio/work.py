@@ -262,8 +262,7 @@ class Studio:
 
     def _allowed(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that a page or a client may give."""
-        given = fields(cli.load_pipeline(kind).Config)
-        known = {f.name for f in given if f.name not in OURS and "Path" not in str(f.type)}
+        known = open_to_all(kind)
         if strange := sorted(settings.keys() - known):
             raise InputError(f"there is no setting {strange[0]!r} here; there are {', '.join(sorted(known))}")
         return {name: value for name, value in settings.items() if value is not None}
@@ -283,3 +282,8 @@ class Studio:
         finally:
             shutil.rmtree(draft)
         return self.jobs.submit(kind, title, settings)
+
+
+def open_to_all(kind: str) -> set[str]:
+    """The settings of a command that a page or a client may give: those that are no place on the disk."""
+    return {f.name for f in fields(cli.load_pipeline(kind).Config) if f.name not in OURS and "Path" not in str(f.type)}
