@@ -24,9 +24,9 @@ from .work import DAY, Studio
 
 
 class Tab(Protocol):
-    """What builds itself inside a page, and is then tied to its events."""
+    """What builds itself inside a page, and is then tied to its events: the timer's, the page's and its own tab's."""
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None: ...
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None: ...
 
 
 EVERY = 2.0  # seconds from one look at the disk to the next
@@ -48,8 +48,8 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
         timer = gr.Timer(EVERY)
         with gr.Tabs(overflow_behavior="wrap"):
             for name, kind in TABS.items():
-                with gr.Tab(name):
-                    kind(studio, served).tie(timer, blocks)
+                with gr.Tab(name) as tab:
+                    kind(studio, served).tie(timer, blocks, tab)
         Endpoints(studio, served).tie()
     return blocks
 

@@ -77,7 +77,7 @@ class Create:
             self.draw = gr.Button("Draw", variant="primary")
             self.sweep = gr.Button("Grid of strengths by seeds")
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         shown = [self.job, self.status, self.slider, self.gallery, self.sheet, self.seen]
         fields = [self.prompt, self.adapters, self.seed, self.count, self.compare, self.negative, self.model]
