@@ -220,13 +220,13 @@ def test_the_page_answers_every_event_of_its_own(up):
     """The handlers behind buttons and timers, run as the server runs them: with its checks of values and counts."""
     load_app("studio.work")
     blocks = up.page
-    names = {"load": 0, "tick": 0, "click": 0, "change": 0, "focus": 0, "upload": 0, "input": 0}
+    names = {"load": 0, "tick": 0, "click": 0, "change": 0, "focus": 0, "upload": 0, "input": 0, "select": 0}
     for function in list(blocks.fns.values()):
         if function.api_visibility == "public":
             continue
         for _, event in function.targets:
             names[event] += 1
-        if any(event in ("load", "tick") for _, event in function.targets):
+        if any(event in ("load", "tick", "select") for _, event in function.targets):
             values = [getattr(block, "value", None) for block in function.inputs]
             result = asyncio.run(blocks.process_api(function, values, state=None))
             assert len(result["data"]) == len(function.outputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from .endpoints import Endpoints
 from .guard import HERE, Gate, Headers
 from .jobs_tab import JobsTab
 from .library import Library
-from .page import CSS, Served
+from .page import CSS, Served, on
 from .recognise import Recognise
 from .teach import Teach
 from .work import DAY, Studio
@@ -45,12 +45,21 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
     """All of it; nothing of a job's state lives in here."""
     with gr.Blocks(title="vismodal studio", analytics_enabled=False, delete_cache=(DAY, DAY)) as blocks:
         gr.Markdown("# vismodal studio")
-        timer = gr.Timer(EVERY)
+        timers = {name: gr.Timer(EVERY, active=name == next(iter(TABS))) for name in TABS}
         for name, kind in TABS.items():
-            with gr.Tab(name):
-                kind(studio, served).tie(timer, blocks)
+            with gr.Tab(name) as tab:
+                kind(studio, served).tie(timers[name], blocks)
+            look(blocks, tab, name, timers)
         Endpoints(studio, served).tie()
     return blocks
+
+
+def look(page: gr.Blocks, tab: gr.Tab, name: str, timers: Mapping[str, gr.Timer]) -> None:
+    """Only the tab that is seen asks how things are: at once, and then by its timer."""
+    ticks = [f for f in page.fns.values() if (timers[name]._id, "tick") in f.targets]
+    for tick in ticks:
+        on(tab.select, tick.fn, tick.inputs, tick.outputs, quiet=True)
+    on(tab.select, lambda: [gr.Timer(active=one == name) for one in timers], [], list(timers.values()), quiet=True)
 
 
 def middleware(address: str) -> list[Middleware]:

@@ -46,9 +46,20 @@ def duration(seconds: float) -> str:
 
 def settings(folder: Path) -> dict[str, Any]:
     """The settings of a run, filled in; empty before it has begun."""
+    path = folder / RUN / "config.yaml"
     try:
-        found = yaml.safe_load((folder / RUN / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        state = path.stat()
+        return dict(_settings(state.st_mtime_ns, state.st_size, path))
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _settings(time: int, size: int, path: Path) -> dict[str, Any]:
+    """Of a file as it was at a time and a size: to parse it takes longer than all else that a page asks for."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
