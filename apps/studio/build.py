@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -51,6 +52,7 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
                 kind(studio, served).tie(timers[name], blocks)
             look(blocks, tab, name, timers)
         Endpoints(studio, served).tie()
+    quicken(blocks)
     return blocks
 
 
@@ -60,6 +62,20 @@ def look(page: gr.Blocks, tab: gr.Tab, name: str, timers: Mapping[str, gr.Timer]
     for tick in ticks:
         on(tab.select, tick.fn, tick.inputs, tick.outputs, quiet=True)
     on(tab.select, lambda: [gr.Timer(active=one == name) for one in timers], [], list(timers.values()), quiet=True)
+
+
+def quicken(page: gr.Blocks) -> None:
+    """Makes the schema of each kind of component once.
+
+    For an update of an output, and so for one that skips it, Gradio 6.31 sets up the component anew and asks it for its
+    schema (gradio/state_holder.py, `_update_config`), which pydantic makes anew too: half of the time of a poll.
+    """
+    for block in page.blocks.values():
+        model: Any = getattr(block, "data_model", None)
+        if model is not None and "model_json_schema" not in vars(model):
+            model.model_json_schema = partial(
+                dict, model.model_json_schema()
+            )  # a copy, of which Gradio takes parts out
 
 
 def middleware(address: str) -> list[Middleware]:
