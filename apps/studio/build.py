@@ -58,9 +58,9 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
 
 def look(page: gr.Blocks, tab: gr.Tab, name: str, timers: Mapping[str, gr.Timer]) -> None:
     """Only the tab that is seen asks how things are: at once, and then by its timer."""
-    ticks = [f for f in page.fns.values() if (timers[name]._id, "tick") in f.targets]
-    for tick in ticks:
-        on(tab.select, tick.fn, tick.inputs, tick.outputs, quiet=True)
+    for tick in list(page.fns.values()):
+        if tick.fn and (timers[name]._id, "tick") in tick.targets:
+            on(tab.select, tick.fn, tick.inputs, tick.outputs, quiet=True)
     on(tab.select, lambda: [gr.Timer(active=one == name) for one in timers], [], list(timers.values()), quiet=True)
 
 
@@ -73,9 +73,8 @@ def quicken(page: gr.Blocks) -> None:
     for block in page.blocks.values():
         model: Any = getattr(block, "data_model", None)
         if model is not None and "model_json_schema" not in vars(model):
-            model.model_json_schema = partial(
-                dict, model.model_json_schema()
-            )  # a copy, of which Gradio takes parts out
+            schema = model.model_json_schema()
+            model.model_json_schema = partial(dict, schema)  # a copy, of which Gradio takes parts out
 
 
 def middleware(address: str) -> list[Middleware]:
