@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
-.PHONY: demo studio test stress check bench bench-accuracy bench-methods assets-eval clean
+.PHONY: browser demo studio test stress check bench bench-accuracy bench-methods assets-eval clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -28,10 +28,16 @@ demo: $(READY)
 studio: $(READY)
 	$(BIN)/vismodal studio
 
-test: $(READY)
+test: $(READY) browser
 	$(BIN)/python -m pytest --numprocesses 2
 
-check: $(READY)
+# for the tests of the studio in a browser, which are skipped without one
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && timeout 600 sh -c 'apt-get update && \
+		apt-get install --yes --no-install-recommends chromium' >/dev/null 2>&1; } || echo "no Chromium here, and none to be had"
+
+check: $(READY) browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

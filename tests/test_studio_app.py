@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import io
 import os
+import re
 import sys
 import time
 import warnings
@@ -37,13 +39,16 @@ kind, given, run = sys.argv[1], yaml.safe_load(Path("job.yaml").read_text()), Pa
 run.mkdir(exist_ok=True)
 if kind in ("dreambooth", "classify"):
     steps = given.get("steps", 3)
-    (run / "config.yaml").write_text(f"steps: {steps}")
+    (run / "config.yaml").write_text(f"{{steps: {steps}, sample_prompts: [sks dog runs], seed: 3, model: null}}")
     rows = [json.dumps({"step": i, "seconds": i, "loss": 1 / i}) for i in range(1, steps + 1)]
     (run / "metrics.jsonl").write_text("\\n".join(rows) + "\\n")
     (run / "samples").mkdir(exist_ok=True)
     for step in (0, steps):
         Image.new("RGB", (32, 16), (step % 256, 0, 0)).save(run / "samples" / f"step-{step:07d}.png")
     (run / "pytorch_lora_weights.safetensors").write_bytes(b"diffusers")
+    (run / "report.html").write_text("<h1>report")
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "checkpoints" / f"step-{steps:07d}.safetensors").write_bytes(b"checkpoint")
     (run / "README.md").write_text("---\\nbase_model: x\\n---\\n# The card <script>")
 if kind == "generate":
     for i, prompt in enumerate(given["prompts"]):
@@ -142,6 +147,17 @@ def test_every_endpoint_and_nothing_else_is_offered(up, tmp_path):
     with pytest.raises(Exception, match="does not run, so there is nothing to stop"):
         call("force_stop", waiting["id"])
 
+    with pytest.raises(Exception, match="makes no steps now"):
+        call("sample", job["id"])
+    up.studio.jobs.store.move(up.studio.jobs.store.get(job["id"]), ("done",), "running")
+    up.client.predict(job["id"], api_name="/sample")
+    assert (up.studio.jobs.folder(up.studio.jobs.store.get(job["id"])) / "run" / "sample-now").is_file()
+    up.studio.jobs.store.move(up.studio.jobs.store.get(job["id"]), ("running",), "done")
+    grid = finished(up, call("grid", job["id"]))
+    given = up.studio.jobs.settings(up.studio.jobs.store.get(grid["id"]))
+    assert (given["prompts"], given["seeds"], given["sweep"][1]) == (["sks dog runs"], [3], 0.25)
+    assert [text.partition("=")[0] for text in given["adapters"]] == ["step-0000004", "step-0000006"]
+
     first, second = call("adapters")
     assert (first["name"], first["words"], first["card"]) == ("my-dog", "a photo of sks dog", "# The card <script>")
     drawn = finished(up, call("draw", ["sks dog", "x <lora:second:0.5>"], [["my-dog", 0.8]], 7, 1, True))
@@ -169,12 +185,31 @@ def test_every_endpoint_and_nothing_else_is_offered(up, tmp_path):
             archive.writestr(f"{'cat' if i % 2 else 'dog'}/{i}.png", png(i))
     pets = call("upload", [handle_file(tmp_path / "pets.zip")], True)
     learnt = finished(up, call("learn", pets["id"], settings={"method": "linearprobe", "epochs": 2}))
+    report, adapter = call("report", learnt["id"])
+    assert Path(report).read_text() == "<h1>report" and Path(adapter).read_bytes() == b"classify"
     asked = finished(up, call("recognise", learnt["id"], photos["id"]))
     assert [one["file"] for one in call("answers", asked["id"])] == ["0.png", "1.png"]
 
     assert [job["id"] for job in call("delete", asked["id"])] == [job["id"] for job in call("jobs")]
     assert call("job", job["id"])["error"] == ""
     assert set(used) == set(up.client.view_api(return_format="dict")["named_endpoints"])
+
+
+def test_settings_from_outside_name_no_files():
+    """Whoever adds a setting that is text, and might be a place, decides here whether a page may give it."""
+    work, free = load_app("studio.work"), {
+        "dreambooth": {
+            "class_prompt", "method", "prompt", "sample_prompts", "sites", "subject",
+            "text_sites", "token_init", "tokens",
+        },
+        "generate": {"negative", "prompts"},
+        "classify": {"compare", "image_column", "label_column", "method"},
+    }  # fmt: skip
+    for kind, names in free.items():
+        fields = dataclasses.fields(cli.load_pipeline(kind).Config)
+        texts = {f.name for f in fields if re.search(r"\bstr\b|Path|Subject", str(f.type))}
+        assert texts & work.open_to_all(kind) == names & texts
+        assert "output" not in work.open_to_all(kind)
 
 
 def refused(up, name: str, *arguments: object, **named: object) -> str:
@@ -192,8 +227,10 @@ def test_what_is_refused_and_that_no_path_comes_in(up):
     assert "no file that was uploaded" in refused(up, "bring", {"path": str(up.home / "studio.db")}, "sd1")
     assert "not here any more" in refused(up, "teach", "../../etc", "a photo of sks dog")
     assert "there is no model '/etc'" in refused(up, "teach", "example", model="/etc")
-    for name in ("photos", "output", "class_folder", "model"):
+    for name in ("photos", "output", "class_folder", "model", "subjects"):
         assert f"no setting '{name}'" in refused(up, "teach", "example", settings={name: "/etc"})
+    for name in ("like", "prompts_file", "conditions", "adapters"):
+        assert f"no setting '{name}'" in refused(up, "draw", ["sks"], settings={name: "/etc/passwd"})
     assert "there is no preset" in refused(up, "teach", "example", preset="x")
     assert "lacks the subject" in refused(up, "teach", "example", "a photo of a dog")
     assert "rank must be at least 1" in refused(up, "teach", "example", settings={"rank": 0})
@@ -321,7 +358,7 @@ def test_a_visitor_goes_through_all_tabs(up):
         "Teach.write_captions", captions={"headers": ["", "", ""], "data": [["0001.png", "a.png", "sks runs"]]}
     )
     job, *_ = visitor.press(
-        "Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank=3, seed=2, other="sites: [+ff]"
+        "Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank="3", seed=" 2", other="sites: [+ff]"
     )
     number = job["value"]
     settled(up)
@@ -329,17 +366,22 @@ def test_a_visitor_goes_through_all_tabs(up):
     assert [given[key] for key in ("steps", "rank", "seed", "sites")] == [5, 3, 2, ["+ff"]]
     assert (Path(given["photos"]) / "0001.txt").read_text() == "sks runs"
     shown = visitor.press("Watch.show", job=number)
-    assert "done" in shown[1] and len(shown[8]) == 2 and len(shown[7]) == 2 and shown[6]["data"]
+    assert "done" in shown[1] and shown[8]["value"]["data"]
+    assert [len(part["value"]) for part in shown[9:11]] == [2, 2]
 
+    with pytest.raises(Exception, match="Rank of LoRA is 'many'; write a number"):
+        visitor.press("Teach.begin", rank="many")
+    visitor.press("Teach.begin", rank="")
+    settled(up)
     with pytest.raises(Exception, match="one a line"):
         visitor.press("Teach.begin", other="no settings")
     key = str(number)
     sliders = visitor.press("Create.label", adapters=[key])
     assert [slider["visible"] for slider in sliders] == [True, False, False, False]
-    visitor.press("Create.begin", prompts="sks one\nsks two", adapters=[key], seed=5)
+    visitor.press("Create.begin", prompts="sks one\nsks two", adapters=[key], seed="5")
     settled(up)
-    words, slider, pictures, sheets, _ = visitor.press("Create.show")
-    assert "4 pictures, from seed 5" in words and slider["visible"] and len(pictures) == 4 and len(sheets) == 1
+    _, words, slider, pictures, sheets, _ = visitor.press("Create.show")
+    assert "from seed 5" in words and slider["visible"] and len(pictures["value"]) == 4 and len(sheets["value"]) == 1
     with pytest.raises(Exception, match="choose one or more"):
         visitor.press("Create.begin_sweep", adapters=[])
 
@@ -435,5 +477,5 @@ def test_another_address_needs_a_password(tmp_path):
     (tmp_path / "good").write_text("correct horse\n")
     assert app.checked(app.Config(address="0.0.0.0", password_file=tmp_path / "good")) == "correct horse"
     with pytest.raises(InputError, match="NAME=FOLDER"):
-        app.models_of(app.Config(models=("folder",)))
+        app.named(("folder",), "")
     assert cli.main(["studio", "--address", "0.0.0.0"]) == 2

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ class Config:
     Args:
         home: folder for the jobs, what is uploaded and what is made. Nobody else may read it.
         models: base models that may be chosen, as NAME=FOLDER, or NAME=OWNER/NAME where the Hub's cache has it.
+        vision: vision models for Recognise likewise, and names of timm that are cached.
         address: where it listens; on another one than this machine's own a password is needed.
         port: without it, the first free one from 7860 on.
         password_file: text file with the password on its first line.
@@ -44,6 +45,7 @@ class Config:
 
     home: Path = Path("runs/studio")
     models: tuple[str, ...] = ()
+    vision: tuple[str, ...] = ()
     address: str = "127.0.0.1"
     port: int | None = None
     password_file: Path | None = None
@@ -82,12 +84,12 @@ def checked(config: Config) -> str | None:
     return password
 
 
-def models_of(config: Config) -> dict[str, str | None]:
-    """The base models by name."""
-    found: dict[str, str | None] = {"tiny-sd": None}
-    for text in config.models:
+def named(texts: Sequence[str], taken: str) -> dict[str, str]:
+    """Models by name, from NAME=PLACE. Raises `InputError` for other texts, and names that come twice."""
+    found: dict[str, str] = {}
+    for text in texts:
         name, equals, place = text.partition("=")
-        if not (name and equals and place) or name in found:
+        if not (name and equals and place) or name in (taken, *found):
             raise InputError(f"models are NAME=FOLDER, each with a name of its own, not {text!r}")
         folder = Path(place).expanduser()
         found[name] = str(folder.resolve()) if folder.is_dir() else place
@@ -98,7 +100,8 @@ def models_of(config: Config) -> dict[str, str | None]:
 def serving(config: Config, password: str | None = None) -> Iterator[str]:
     """The studio at work; gives its address."""
     home = config.home.expanduser().resolve()
-    models = models_of(config)
+    models = {"tiny-sd": None, **named(config.models, "tiny-sd")}
+    vision = {"tiny-vit": "tiny-vit", **named(config.vision, "tiny-vit")}
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.umask(0o077)  # nobody else reads what is made here
     lock = lock_folder(home)
@@ -117,7 +120,7 @@ def serving(config: Config, password: str | None = None) -> Iterator[str]:
     limits = Limits(upload=config.largest * MIB, total=int(config.disk * 2**30), run=int(config.run_disk * 2**30))
     spare = Spare() if config.warm else None
     jobs = Jobs(home, {"training": config.trainers, "drawing": 1}, limits.run, spare=spare)
-    studio = Studio(home, models, limits, jobs)
+    studio = Studio(home, models, limits, jobs, vision)
     jobs.tick()  # what has ended meanwhile is settled before anybody looks
     stop = threading.Event()
     watch = threading.Thread(target=jobs.watch, args=(stop,), daemon=True)

@@ -47,10 +47,11 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
     with gr.Blocks(title="vismodal studio", analytics_enabled=False, delete_cache=(DAY, DAY)) as blocks:
         gr.Markdown("# vismodal studio")
         timers = {name: gr.Timer(EVERY, active=name == next(iter(TABS))) for name in TABS}
-        for name, kind in TABS.items():
-            with gr.Tab(name) as tab:
-                kind(studio, served).tie(timers[name], blocks)
-            look(blocks, tab, name, timers)
+        with gr.Tabs(overflow_behavior="wrap"):
+            for name, kind in TABS.items():
+                with gr.Tab(name) as tab:
+                    kind(studio, served).tie(timers[name], blocks)
+                look(blocks, tab, name, timers)
         Endpoints(studio, served).tie()
     quicken(blocks)
     return blocks
@@ -90,11 +91,12 @@ def launch(studio: Studio, cache: Path, address: str, port: int | None, password
     blocks.queue(default_concurrency_limit=8, max_size=200)
     try:
         _, local, _ = blocks.launch(
-            server_name=address, server_port=port, auth=Gate(password) if password else None, share=False,
+            server_name=address, server_port=port, auth=Gate(password) if password else None,
+            auth_message="Any name, and the password of this studio.", share=False,
             prevent_thread_lock=True, quiet=True, show_error=False, ssr_mode=False, enable_monitoring=False,
             max_file_size=studio.limits.upload, footer_links=["api", "settings"], pwa=False,
             app_kwargs={"middleware": middleware(address)}, css=CSS,
-            theme=gr.themes.Soft(font=FONTS, font_mono=MONO, primary_hue="teal", radius_size="md"),
+            theme=gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="teal", radius_size="md"),
         )  # fmt: skip
     except OSError as error:
         raise InputError(f"cannot listen on {address}: {error}; write another --port, or none") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from PIL import Image
 from vismodal.errors import InputError
 
 from .jobs import RUN
-from .page import Served, on, plain
+from .page import Served, number_in, on, optional, plain
+from .progress import duration
 from .store import ACTIVE, Job
-from .work import Studio
+from .watch import UNSEEN, Seen
+from .work import STRENGTHS, Studio
 
 MOST = 4  # sliders for adapters
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
 class Create:
@@ -29,20 +31,25 @@ class Create:
             with gr.Column(min_width=320):
                 self._fields()
             with gr.Column(min_width=320):
+                self.job = gr.Dropdown([], label="Drawing", allow_custom_value=True)
                 self.status = gr.Markdown("Nothing drawn yet.", elem_classes="status")
                 self.slider = gr.ImageSlider(
-                    label="Without and with the adapters",
-                    interactive=False,
-                    height=300,
-                    buttons=[],
-                    visible=False,
+                    label="Without and with the adapters", interactive=False, buttons=[], visible=False
                 )
                 self.gallery = gr.Gallery(
                     label="Pictures; each png carries its settings", columns=3, format="png", height="auto",
-                    object_fit="contain", interactive=False, buttons=["download", "fullscreen"],
+                    object_fit="contain", interactive=False, buttons=["download", "fullscreen"], visible=False,
                 )  # fmt: skip
-                self.sheet = gr.Gallery(label="Sheets", columns=1, format="png", height="auto", interactive=False)
-        self.job, self.seen = gr.State(None), gr.State("")
+                self.sheet = gr.Gallery(
+                    show_label=False,
+                    columns=1,
+                    format="png",
+                    height="auto",
+                    interactive=False,
+                    visible=False,
+                    elem_classes="sheets",
+                )
+        self.seen = gr.State(UNSEEN)
 
     def _fields(self) -> None:
         self.prompt = gr.Textbox(
@@ -56,7 +63,7 @@ class Create:
             gr.Slider(0, 2, value=1, step=0.05, label=f"Strength {i + 1}", visible=False) for i in range(MOST)
         ]
         with gr.Row():
-            self.seed = gr.Number(None, label="Seed; empty draws one", precision=0, minimum=0, min_width=120)
+            self.seed = optional("Seed", "drawn, and shown")
             self.count = gr.Slider(1, 16, value=4, step=1, label="Pictures of each prompt", min_width=120)
         self.compare = gr.Checkbox(True, label="Draw each without adapters too, to compare")
         with gr.Accordion("Advanced", open=False):
@@ -64,39 +71,30 @@ class Create:
             names = ["", *self.studio.models]
             self.model = gr.Dropdown(names, value="", label="Base model; empty is that of the adapters")
             with gr.Row():
-                self.steps = gr.Number(None, label="Steps", precision=0, minimum=1, maximum=200, min_width=120)
-                self.guidance = gr.Number(None, label="Guidance", minimum=0, maximum=50, min_width=120)
+                self.steps = optional("Steps", "as usual")
+                self.guidance = optional("Guidance", "as usual")
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary")
             self.sweep = gr.Button("Grid of strengths by seeds")
 
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
         """To the page's events."""
-        shown = [self.status, self.slider, self.gallery, self.sheet, self.seen]
+        shown = [self.job, self.status, self.slider, self.gallery, self.sheet, self.seen]
         fields = [self.prompt, self.adapters, self.seed, self.count, self.compare, self.negative, self.model]
         fields += [self.steps, self.guidance, *self.strengths]
-        on(
-            page.load,
-            lambda: [gr.update(choices=self.names()), self.newest()],
-            [],
-            [self.adapters, self.job],
-            quiet=True,
-        )
+        on(page.load, self.begin_page, [], [self.adapters, *shown], quiet=True)
         on(timer.tick, self.show, [self.job, self.seen], shown, quiet=True)
+        on(self.job.input, self.show, [self.job, self.seen], shown, quiet=True)
         on(self.adapters.focus, lambda: gr.update(choices=self.names()), [], [self.adapters], quiet=True)
         on(self.adapters.change, self.label, [self.adapters], self.strengths, quiet=True)
-        on(self.draw.click, self.begin, fields, [self.job, self.seed, *shown])
-        on(self.sweep.click, self.begin_sweep, fields, [self.job, self.seed, *shown])
+        on(self.draw.click, self.begin, fields, [self.seed, *shown])
+        on(self.sweep.click, self.begin_sweep, fields, [self.seed, *shown])
 
     def begin_page(self) -> list[Any]:
-        return [gr.update(choices=self.names()), self.newest()]
+        return [gr.update(choices=self.names()), *self.show(None, UNSEEN)]
 
     def names(self) -> list[tuple[str, str]]:
         return [(each.name, str(each.id)) for each in self.studio.shelf.adapters()]
-
-    def newest(self) -> int | None:
-        """The last job of drawing: a new tab goes on where the last one was."""
-        return next((job.id for job in reversed(self.studio.jobs.store.all()) if job.kind == "generate"), None)
 
     def label(self, chosen: list[str]) -> list[Any]:
         """A slider for each adapter, with its name."""
@@ -111,41 +109,55 @@ class Create:
         return self._begin(STRENGTHS, *fields)
 
     def _begin(
-        self, sweep: tuple[float, ...], prompt: str, chosen: list[str], seed: float | None, count: float, compare: bool,
-        negative: str, model: str, steps: float | None, guidance: float | None, *strengths: float,
+        self, sweep: tuple[float, ...], prompt: str, chosen: list[str], seed: str, count: float, compare: bool,
+        negative: str, model: str, steps: str, guidance: str, *strengths: float,
     ) -> list[Any]:  # fmt: skip
         if sweep and not chosen:
             raise InputError("the grid tries the strengths of adapters; choose one or more")
-        given = {"negative": negative or None, "steps": steps, "guidance": guidance}
-        worn = list(zip(chosen, strengths, strict=False))
-        number = int(seed) if seed is not None else None
+        given = {"steps": number_in("Steps", steps), "guidance": number_in("Guidance", guidance)}
+        given |= {"negative": negative or None}
+        worn, start = list(zip(chosen, strengths, strict=False)), number_in("Seed", seed)
+        if isinstance(start, float):
+            raise InputError(f"Seed is {seed}; write a whole number, or nothing")
         job = self.studio.draw(
-            prompt.splitlines(), worn, number, int(count), compare and bool(chosen), sweep, model, given
+            prompt.splitlines(), worn, start, int(count), compare and bool(chosen), sweep, model, given
         )
         self.studio.jobs.tick()
         used = self.studio.jobs.settings(job)["seeds"][0]
-        return [job.id, used, *self.show(job.id, "")]
+        return [str(used), *self.show(job.id, UNSEEN)]
 
-    def show(self, number: int | None, seen: str) -> list[Any]:
-        """How the drawing is getting on, and then the pictures."""
-        nothing = [gr.skip(), gr.skip(), gr.skip()]
-        job = next((job for job in self.studio.jobs.store.all() if job.id == number), None)
+    def show(self, number: int | None, seen: Seen) -> list[Any]:
+        """A drawing, or else the newest: how it is getting on, and then its pictures; what has changed since `seen`."""
+        jobs = [job for job in reversed(self.studio.jobs.store.all()) if job.kind == "generate"]
+        job = next((job for job in jobs if job.id == number), jobs[0] if jobs else None)
         if job is None:
-            return ["Nothing drawn yet.", *nothing, ""]
-        mark = f"{job.id} {job.state}"
+            return [gr.update(choices=[], value=None), "Nothing drawn yet.", *[gr.update(visible=False)] * 3, UNSEEN]
+        choices = [(f"{j.id} · {j.title} · {j.state}", j.id) for j in jobs]
+        now = (f"{job.id} {choices}", f"{job.id} {job.state}")
+        chosen = gr.update(choices=choices, value=job.id) if now[0] != seen[0] else gr.skip()
+        parts = self._parts(job) if now[1] != seen[1] else [gr.skip()] * 3
+        return [chosen, self._words(job), *parts, now]
+
+    def _words(self, job: Job) -> str:
+        """How far a drawing is."""
         if job.state == "failed":
-            return [f"Failed: {plain(job.error)}", *nothing, mark]
-        if job.state != "done":
-            word = "Drawing, about to show …" if job.state in ACTIVE else f"{job.state.capitalize()} …"
-            return [word, *nothing, mark]
-        if mark == seen:
-            return [gr.skip(), *nothing, mark]
-        found, sheets = pictures(self.studio, job), sorted((self.studio.jobs.folder(job) / RUN).glob("sheet*.png"))
-        shown = [(self.served(path), text) for path, text, _ in found]
+            return f"Failed: {plain(job.error)}"
+        if job.state in ACTIVE:
+            return f"Drawing, for {duration(time.time() - job.started)} …"
+        first = self.studio.jobs.settings(job)["seeds"][0]
+        return f"Done in {duration(job.ended - job.started)}, from seed {first}" if job.state == "done" else job.state
+
+    def _parts(self, job: Job) -> list[Any]:
+        """The slider, the pictures and the sheets, where there are any."""
+        found = pictures(self.studio, job) if job.state == "done" else []
+        sheets = sorted((self.studio.jobs.folder(job) / RUN).glob("sheet*.png")) if len(found) > 1 else []
         pair = before_and_after(found)
-        slider = gr.update(value=tuple(map(self.served, pair)) if pair else None, visible=pair is not None)
-        seeds = f"{len(found)} pictures, from seed {self.studio.jobs.settings(job)['seeds'][0]}"
-        return [seeds, slider, shown, [self.served(path) for path in sheets], mark]
+        values = (
+            tuple(map(self.served, pair)) if pair else None,
+            [(self.served(path), text) for path, text, _ in found],
+            [self.served(path) for path in sheets],
+        )
+        return [gr.update(value=value, visible=bool(value)) for value in values]
 
 
 def pictures(studio: Studio, job: Job) -> list[tuple[Path, str, dict[str, Any]]]:
@@ -156,7 +168,7 @@ def pictures(studio: Studio, job: Job) -> list[tuple[Path, str, dict[str, Any]]]
         with Image.open(path) as image:
             carried = json.loads(getattr(image, "text", {}).get("vismodal", "{}"))
         worn = " ".join(f"[{each['name']} {each['strength']:g}]" for each in carried.get("adapters", ()))
-        line = f"{carried.get('prompt', '')} {worn} seed {carried.get('seed', '?')}"
+        line = f"{worn} seed {carried.get('seed', '?')}: {carried.get('prompt', '')}"  # a page cuts off its end
         found.append((path, " ".join(line.split()), carried))
     return found
 

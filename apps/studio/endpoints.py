@@ -22,7 +22,7 @@ from .page import Served, told
 from .progress import losses, progress, samples, tail
 from .shelf import Adapter
 from .store import Job
-from .work import EMBEDDED, Studio
+from .work import EMBEDDED, TINY_VIT, Studio
 
 
 class Endpoints:
@@ -64,6 +64,14 @@ class Endpoints:
     def samples(self, number: int) -> list:
         """Step and sheet of the samples of a training."""
         return [[step, self._file(self.served(path))] for step, path in samples(self._folder(number))]
+
+    def sample(self, number: int) -> dict:
+        """Asks a training for samples after the step that it makes; `samples` then has them."""
+        return self._job(self.studio.sample(number))
+
+    def grid(self, number: int) -> dict:
+        """Draws the checkpoints of a training at several strengths, as a job; `sheets` has what it draws."""
+        return self._job(self.studio.grid(number))
 
     def stop(self, number: int) -> dict:
         """Takes a job out of the queue, or lets it save and stop."""
@@ -144,9 +152,14 @@ class Endpoints:
         """The weighted sum of adapters, [id, weight] each, as a job."""
         return self._job(self.studio.merge(adapters, title))
 
-    def learn(self, pictures: str, title: str = "", settings: dict | None = None) -> dict:
-        """Adapts tiny-vit to a set of pictures by class."""
-        return self._job(self.studio.learn(pictures, title, settings))
+    def learn(self, pictures: str, title: str = "", settings: dict | None = None, model: str = TINY_VIT) -> dict:
+        """Adapts a vision model to a set of pictures by class; "example" are handwritten digits."""
+        return self._job(self.studio.learn(pictures, title, settings, model))
+
+    def report(self, number: int) -> list:
+        """The report of a job of `learn` that is done, and its adapter."""
+        file = self.studio.classifier(number)
+        return [self._file(self.served(path)) for path in (file.with_name("report.html"), file)]
 
     def recognise(self, number: int, pictures: str, top: int = 3) -> dict:
         """Says what is in a set of pictures, as a job; `answers` gives what it said."""

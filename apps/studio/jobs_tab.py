@@ -26,12 +26,12 @@ class JobsTab:
         )  # fmt: skip
         with gr.Row():
             self.job = gr.Dropdown([], label="Job", min_width=160, allow_custom_value=True)
-            self.stop = gr.Button("Stop", size="sm", min_width=100)
-            self.resume = gr.Button("Resume", size="sm", min_width=100)
-            self.force = gr.Button("Force stop", size="sm", variant="stop", min_width=100)
+            self.stop = gr.Button("Stop", size="sm", min_width=100, elem_classes="low")
+            self.resume = gr.Button("Resume", size="sm", min_width=100, elem_classes="low")
+            self.force = gr.Button("Force stop", size="sm", variant="stop", min_width=100, elem_classes="low")
         with gr.Row():
             self.sure = gr.Checkbox(False, label="Yes, delete it with all it made", min_width=160)
-            self.delete = gr.Button("Delete", size="sm", variant="stop", min_width=100)
+            self.delete = gr.Button("Delete", size="sm", variant="stop", min_width=100, elem_classes="low")
         self.seen = gr.State("")
         self.log = gr.Textbox(label="What it says", lines=10, max_lines=10, elem_classes="log", interactive=False)
 

@@ -49,7 +49,7 @@ class Library:
         self.weights = [gr.Slider(-1, 2, value=0.5, step=0.05, visible=False) for _ in range(MOST)]
         with gr.Row():
             self.merged = gr.Textbox("", label="Name", placeholder="of the new one", min_width=160)
-            self.merge = gr.Button("Merge", size="sm", min_width=120)
+            self.merge = gr.Button("Merge", size="sm", min_width=120, elem_classes="low")
 
     def _importing(self) -> None:
         gr.Markdown("### Import")
@@ -57,13 +57,13 @@ class Library:
         bases = [*self.studio.models, *NAMES]
         with gr.Row():
             self.base = gr.Dropdown(bases, value=bases[0], label="The model that it is for", min_width=160)
-            self.bring = gr.Button("Import", size="sm", min_width=120)
+            self.bring = gr.Button("Import", size="sm", min_width=120, elem_classes="low")
 
     def _deleting(self) -> None:
         gr.Markdown("### Delete")
         with gr.Row():
             self.sure = gr.Checkbox(False, label="Yes, with its training and samples", min_width=160)
-            self.delete = gr.Button("Delete this adapter", size="sm", variant="stop", min_width=120)
+            self.delete = gr.Button("Delete this adapter", size="sm", variant="stop", min_width=120, elem_classes="low")
 
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
         """To the page's events."""

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import html
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,11 +24,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1280px !important; width: 100% !important; margin: 0 auto !important; }
+.low { align-self: end; }
+.sheets .thumbnail-lg { aspect-ratio: auto !important; height: auto !important; }
 .quiet { opacity: .75; font-size: .9em; }
 .status p { font-size: 1.05em; font-weight: 600; }
 .log textarea { font-family: ui-monospace, monospace; font-size: .8em; white-space: pre; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
+@media (max-width: 640px) {
+    .gradio-container, .gradio-container main { padding: 4px !important; }
+    button[role=tab] { padding: 0 10px !important; }
+}
 """
 
 
@@ -94,6 +100,20 @@ def on(
         concurrency_limit=None,
         queue=not quiet,
     )
+
+
+def optional(label: str, hint: str) -> gr.Textbox:
+    """A number that may be left out; `hint` says what counts then. Gradio's own field for numbers cannot be empty."""
+    return gr.Textbox("", label=label, placeholder=hint, max_lines=1, min_width=120)
+
+
+def number_in(label: str, text: str) -> float | None:
+    """What such a field holds, an int where it is whole. Raises `InputError` where it is no number."""
+    text = text.strip()
+    try:
+        return (int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)) if text else None
+    except ValueError:
+        raise InputError(f"{label} is {text!r}; write a number, or nothing") from None
 
 
 def plain(text: str) -> str:

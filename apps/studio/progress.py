@@ -167,6 +167,13 @@ def samples(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def shown(folder: Path) -> list[tuple[str, Path]]:
+    """What a training has to show, with words: samples by step, or at its end the plots of a classifier."""
+    plots = {"confusion on the test pictures": "confusion.png", "learning curves": "curves.png"}
+    there = ((text, folder / RUN / name) for text, name in plots.items())
+    return [(f"step {step}", path) for step, path in samples(folder)] + [(t, p) for t, p in there if p.is_file()]
+
+
 def tail(folder: Path, most: int = 4000) -> str:
     """The end of what the job said, of a bar its last state only."""
     return "\n".join(part for name in ("said.txt", "log.txt") if (part := _end(folder / name, most)))

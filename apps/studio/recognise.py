@@ -10,7 +10,7 @@ from vismodal.errors import InputError
 
 from .page import Served, on, plain
 from .watch import Watch
-from .work import Studio
+from .work import EXAMPLE, Studio
 
 METHODS = ("lora", "linearprobe", "adaptformer", "vpt(tokens=8)", "bitfit", "ssf")
 
@@ -25,10 +25,13 @@ class Recognise:
             with gr.Column(min_width=320):
                 gr.Markdown("### 1. Classes")
                 self.files = gr.File(label="A zip with a folder for each class", file_types=[".zip"], height=140)
+                self.example = gr.Button("Use the example: 1,797 handwritten digits", size="sm")
                 self.told = gr.Markdown("", elem_classes="quiet")
                 self.method = gr.Radio(METHODS, value="lora", label="Method")
                 with gr.Row():
                     self.epochs = gr.Number(10, label="Epochs", precision=0, minimum=1, maximum=1000, min_width=120)
+                    names = list(self.studio.vision)
+                    self.model = gr.Dropdown(names, value=names[0], label="Model", min_width=120)
                     self.title = gr.Textbox("", label="Name", min_width=120)
                 self.start = gr.Button("Learn", variant="primary")
                 gr.Markdown("### 2. Try it")
@@ -38,12 +41,16 @@ class Recognise:
             with gr.Column(min_width=320):
                 gr.Markdown("### As it goes")
                 self.watch = Watch(studio, served, ("classify",), extends=False, pictures=False)
+                self.fetch = gr.Button("Download report and adapter", size="sm")
+                self.made = gr.File(label="Report and adapter", interactive=False, visible=False)
 
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
         """To the page's events."""
         self.watch.tie(timer, page)
         on(self.files.upload, self.take, [self.files], [self.set, self.told, self.files])
-        fields = [self.set, self.title, self.method, self.epochs]
+        on(self.example.click, self.use_example, [], [self.set, self.told])
+        on(self.fetch.click, self.files_of, [self.watch.job], [self.made])
+        fields = [self.set, self.title, self.method, self.epochs, self.model]
         on(self.start.click, self.begin, fields, self.watch.outputs())
         on(self.ask.click, self.question, [self.watch.job, self.images], [self.asked, self.answer])
         on(timer.tick, self.follow, [self.asked], [self.asked, self.answer], quiet=True)
@@ -56,12 +63,22 @@ class Recognise:
         lines += [f"- left out: {plain(text)}" for text in upload.rejected]
         return [upload.id, "\n\n".join(lines[:1]) + "\n\n" + "\n".join(lines[1:]), None]
 
-    def begin(self, pictures: str, title: str, method: str, epochs: float) -> list[Any]:
+    def use_example(self) -> list[Any]:
+        return [EXAMPLE, "Handwritten digits of scikit-learn, 8 x 8 pixels, in ten classes."]
+
+    def begin(self, pictures: str, title: str, method: str, epochs: float, model: str) -> list[Any]:
         if not pictures:
             raise InputError("there are no classes yet; upload a zip with a folder of pictures for each")
-        job = self.studio.learn(pictures, title, {"method": method, "epochs": int(epochs)})
+        job = self.studio.learn(pictures, title, {"method": method, "epochs": int(epochs)}, model)
         self.studio.jobs.tick()
         return self.watch.show(job.id)
+
+    def files_of(self, number: int | None) -> Any:
+        """The report, which opens without a network, and the adapter."""
+        if number is None:
+            raise InputError("nothing has learnt any classes yet; let it learn first")
+        file = self.studio.classifier(number)
+        return gr.update(value=[self.served(file.with_name("report.html")), self.served(file)], visible=True)
 
     def question(self, number: int | None, files: list[str] | None) -> list[Any]:
         """Asks what is in pictures."""

@@ -11,24 +11,22 @@ from vismodal.data.photos import read_picture
 from vismodal.data.subject import PROMPT
 from vismodal.errors import InputError
 
-from .page import Served, on, plain
+from .page import Served, number_in, on, optional, plain
 from .watch import Watch
 from .work import EXAMPLE, PRESETS, Studio
 
-# name, label, least, most: numbers under Advanced; empty is the preset's or the model's own
-NUMBERS = (
-    ("rank", "Rank of LoRA", 1, 256),
-    ("learning_rate", "Learning rate", 0, 1),
-    ("resolution", "Resolution, pixels", 8, 2048),
-    ("prior", "Weight of the prior", 0, 10),
-    ("class_images", "Class images, for the prior", 1, 1000),
-    ("batch", "Photos a step", 1, 64),
-    ("min_snr", "Min-SNR gamma", 0, 20),
-    ("offset_noise", "Offset noise", 0, 1),
-    ("sample_every", "Samples every … steps", 0, 10_000),
-    ("seed", "Seed", 0, 2**32),
-)
-WHOLE = {"rank", "resolution", "class_images", "batch", "sample_every", "seed"}
+NUMBERS = {  # under Advanced
+    "rank": "Rank of LoRA",
+    "learning_rate": "Learning rate",
+    "resolution": "Resolution, pixels",
+    "prior": "Weight of the prior",
+    "class_images": "Class images, for the prior",
+    "batch": "Photos a step",
+    "min_snr": "Min-SNR gamma",
+    "offset_noise": "Offset noise",
+    "sample_every": "Samples every … steps",
+    "seed": "Seed",
+}
 
 
 class Teach:
@@ -79,11 +77,10 @@ class Teach:
             self.title = gr.Textbox("", label="Name", placeholder="of the adapter", min_width=120)
         with gr.Accordion("Advanced", open=False):
             self.numbers = []
-            for i in range(0, len(NUMBERS), 2):
+            labels = list(NUMBERS.values())
+            for i in range(0, len(labels), 2):
                 with gr.Row():
-                    for _, label, least, most in NUMBERS[i : i + 2]:
-                        number = gr.Number(None, label=label, minimum=least, maximum=most, min_width=120)
-                        self.numbers.append(number)
+                    self.numbers += [optional(label, "the preset's, or as usual") for label in labels[i : i + 2]]
             self.encoder = gr.Checkbox(False, label="Adapt the text encoders too")
             self.flip = gr.Checkbox(False, label="Mirror photos half of the times")
             self.rest = gr.Textbox(
@@ -109,13 +106,8 @@ class Teach:
         folder = self.studio.intake.folder(upload.id)
         squares = [(square(read_picture(folder / new)), old) for new, old in upload.pictures.items()]
         lines = [f"{len(upload.pictures)} pictures taken."]
-        if upload.rejected:
-            lines += [
-                "",
-                f"**{len(upload.rejected)} left out:**",
-                "",
-                *(f"- {plain(text)}" for text in upload.rejected),
-            ]
+        if left := [f"- {plain(text)}" for text in upload.rejected]:
+            lines += ["", f"**{len(left)} left out:**", "", *left]
         rows = [list(row) for row in self.studio.intake.captions(upload.id)]
         table, button = gr.update(value=rows, visible=True), gr.update(visible=True)
         return [upload.id, "\n".join(lines), gr.update(value=squares, visible=True), table, button, None]
@@ -131,16 +123,15 @@ class Teach:
 
     def begin(
         self, photos: str, preset: str, prompt: str, word: str, steps: int, model: str, title: str,
-        encoder: bool, flip: bool, rest: str, *numbers: float | None,
+        encoder: bool, flip: bool, rest: str, *numbers: str,
     ) -> list[Any]:  # fmt: skip
         """Starts the training, and follows it."""
         if not photos:
             raise InputError("there are no photos yet; upload some, or use the example")
         given: dict[str, Any] = {"steps": steps, "train_text_encoder": encoder or None, "flip": flip or None}
         given |= read_rest(rest)
-        for (name, *_), value in zip(NUMBERS, numbers, strict=True):
-            if value is not None:
-                given[name] = int(value) if name in WHOLE else value
+        written = ((name, number_in(NUMBERS[name], text)) for name, text in zip(NUMBERS, numbers, strict=True))
+        given |= {name: value for name, value in written if value is not None}
         job = self.studio.teach(photos, prompt, word, preset, model, title, given)
         self.studio.jobs.tick()
         return self.watch.show(job.id)

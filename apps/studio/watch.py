@@ -5,7 +5,7 @@ It reads what is on the disk at every tick of the page's timer, so that any tab,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -14,7 +14,7 @@ import pandas as pd
 from vismodal.errors import InputError
 
 from .page import Served, on, plain
-from .progress import losses, progress, samples, tail
+from .progress import losses, progress, shown, tail
 from .store import ACTIVE, Job
 from .work import Studio
 
@@ -34,28 +34,31 @@ class Watch:
     """
 
     def __init__(self, studio: Studio, served: Served, kinds: Sequence[str], extends: bool, pictures: bool) -> None:
-        self.studio, self.served, self.kinds = studio, served, kinds
+        self.studio, self.served, self.kinds, self.pictures = studio, served, kinds, pictures
         self.job = gr.Dropdown(label="Job", choices=[], interactive=True, allow_custom_value=True)
         self.status = gr.Markdown("No job yet.", elem_classes="status")
         with gr.Row():
-            self.stop = gr.Button("Stop and save", size="sm", interactive=False)
-            self.resume = gr.Button("Resume", size="sm", interactive=False)
-            self.force = gr.Button("Force stop", size="sm", variant="stop", interactive=False)
+            self.stop = gr.Button("Stop and save", size="sm", min_width=120, interactive=False)
+            self.resume = gr.Button("Resume", size="sm", min_width=120, interactive=False)
+            self.force = gr.Button("Force stop", size="sm", variant="stop", min_width=120, interactive=False)
         with gr.Row(visible=extends):
-            self.length = gr.Number(label="Steps in all", value=1200, precision=0, minimum=1, min_width=120)
-            self.extend = gr.Button("Extend", size="sm", interactive=False, min_width=120)
-        self.plot = gr.LinePlot(value=curve([]), x="step", y="loss", label="Loss", height=220)
-        with gr.Group(visible=pictures):
-            self.slider = gr.ImageSlider(label="Before (step 0) and now", interactive=False, height=260, buttons=[])
-            self.samples = gr.Gallery(
-                label="Samples by step", columns=2, format="png", height="auto", object_fit="contain", interactive=False
-            )
+            self.length = gr.Number(1200, label="Steps in all", precision=0, minimum=1, min_width=120)
+            self.extend = gr.Button("Extend to these", size="sm", interactive=False, min_width=120, elem_classes="low")
+        with gr.Row(visible=pictures):
+            self.now = gr.Button("Sample now", size="sm", interactive=False, min_width=120)
+            self.grid = gr.Button("Grid of checkpoints by strengths", size="sm", interactive=False, min_width=120)
+        self.plot = gr.LinePlot(value=curve([]), x="step", y="loss", label="Loss", height=260, visible=False)
+        self.slider = gr.ImageSlider(label="Before (step 0) and now", interactive=False, buttons=[], visible=False)
+        self.samples = gr.Gallery(
+            label="Samples by step" if pictures else "Results", columns=1, format="png", height="auto",
+            object_fit="contain", interactive=False, visible=False, elem_classes="sheets",
+        )  # fmt: skip
         with gr.Accordion("What it says", open=False):
             self.log = gr.Textbox(lines=10, max_lines=10, show_label=False, elem_classes="log", interactive=False)
         self.seen = gr.State(UNSEEN)
 
     def outputs(self) -> list[Any]:
-        buttons = [self.stop, self.resume, self.force, self.extend]
+        buttons = [self.stop, self.resume, self.force, self.extend, self.now, self.grid]
         return [self.job, self.status, *buttons, self.plot, self.slider, self.samples, self.log, self.seen]
 
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
@@ -67,6 +70,8 @@ class Watch:
         for button, action in ((self.stop, jobs.stop), (self.resume, jobs.resume), (self.force, jobs.force_stop)):
             on(button.click, self._act(action), [self.job, self.seen], self.outputs())
         on(self.extend.click, self._extend, [self.job, self.length, self.seen], self.outputs())
+        on(self.now.click, self._sample, [self.job])
+        on(self.grid.click, self._grid, [self.job])
 
     def mine(self) -> list[Job]:
         """The jobs that it may follow, the newest first."""
@@ -85,41 +90,55 @@ class Watch:
         """
         job = self.choose(number)
         if job is None:
-            return [gr.update(choices=[], value=None), "No job yet.", *self._buttons(None), *[gr.skip()] * 4, UNSEEN]
+            hidden = [gr.update(visible=False)] * 3
+            return [gr.update(choices=[], value=None), "No job yet.", *self._buttons(None), *hidden, "", UNSEEN]
         folder = self.studio.jobs.folder(job)
         now = progress(job.state, folder)
-        sheets, points = samples(folder), losses(folder)
+        sheets, points = shown(folder), losses(folder)
         choices = [(f"{j.id} · {j.title} · {j.state}", j.id) for j in self.mine()]
         now_seen = (f"{job.id} {choices}", f"{job.id} {job.started} {len(sheets)} {points[-1:]}")
         text = f"{now}" + (f"\n\n{plain(job.error)}" if job.error else "")
         parts: list[Any] = [gr.skip(), gr.skip(), gr.skip()]
         if now_seen[1] != seen[1]:
-            shown = [(self.served(path, f"step-{step}.png"), f"step {step}") for step, path in sheets]
-            pair = (shown[0][0], shown[-1][0]) if shown else None
-            parts = [curve(points), pair, shown[::-1]]
+            pictures = [(self.served(path), text) for text, path in sheets]
+            pair = (pictures[0][0], pictures[-1][0]) if self.pictures and len(pictures) > 1 else None
+            values = ((curve(points), len(points) > 1), (pair, pair is not None), (pictures[::-1], bool(pictures)))
+            parts = [gr.update(value=value, visible=visible) for value, visible in values]
         chosen = gr.update(choices=choices, value=job.id) if now_seen[0] != seen[0] else gr.skip()
         return [chosen, text, *self._buttons(job), *parts, tail(folder), now_seen]
 
     def _buttons(self, job: Job | None) -> list[Any]:
         state = job.state if job else ""
-        runs = state in ACTIVE
-        live = (state in ("queued", "running"), state in ("stopped", "failed"), runs, state in ("stopped", "done"))
+        kept = job is not None and bool(self.studio.checkpoints(job))
+        live = (
+            state in ("queued", "running"), state in ("stopped", "failed"), state in ACTIVE,
+            state in ("stopped", "done"), state == "running", kept,
+        )  # fmt: skip
         return [gr.update(interactive=active) for active in live]
 
-    def _act(self, action: Any) -> Any:
+    def _act(self, action: Callable[[Job], None]) -> Callable[..., list[Any]]:
         def act(number: int | None, seen: Seen) -> list[Any]:
-            if number is None:
-                raise InputError("there is no job yet; start one")
-            action(self.studio.jobs.store.get(number))
+            action(self._job(number))
             return self.show(number, seen)
 
         return act
 
     def _extend(self, number: int | None, length: float, seen: Seen) -> list[Any]:
+        self.studio.extend(self._job(number).id, int(length))
+        return self.show(number, seen)
+
+    def _sample(self, number: int | None) -> None:
+        self.studio.sample(self._job(number).id)
+        gr.Info("The samples are drawn after this step, and then shown below.")
+
+    def _grid(self, number: int | None) -> None:
+        job = self.studio.grid(self._job(number).id)
+        gr.Info(f"Job {job.id} draws its checkpoints at several strengths; the sheets are then in Create.")
+
+    def _job(self, number: int | None) -> Job:
         if number is None:
             raise InputError("there is no job yet; start one")
-        self.studio.extend(number, int(length))
-        return self.show(number, seen)
+        return self.studio.jobs.store.get(number)
 
 
 def curve(points: Sequence[tuple[int, float]]) -> pd.DataFrame:

@@ -23,21 +23,24 @@ from vismodal.errors import InputError
 from vismodal.files import write_file
 from vismodal.formats.bases import NAMES
 
+from . import progress
 from .intake import CALLED, Intake, Limits
 from .jobs import RUN, SETTINGS, Jobs
 from .shelf import MADE_ON, Shelf
 from .store import Job
 
+ASKED = "sample-now"  # the file in a run's folder that asks for samples
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of a grid
 EXAMPLE = "example"  # the photos of the embedded subject
-EMBEDDED = "tiny-sd"
+EMBEDDED, TINY_VIT = "tiny-sd", "tiny-vit"
 DAY = 86_400
 PRESETS: dict[str, dict[str, Any]] = {
     "subject, fast": {"steps": 600},
     "subject, careful": {"steps": 1000, "rank": 16, "prior": 1.0},
     "style": {"steps": 1000, "rank": 16, "flip": True, "sites": ["+conv"]},
 }
-# settings that name files, or that are the server's to choose
-OURS = {"photos", "model", "output", "resume", "class_folder", "track", "data", "weights", "adapters", "images", "out"}
+# settings that name files without saying so by their type, or that are the server's to choose
+OURS = {"model", "weights", "adapters", "conditions", "resume", "track", "json", "subjects"}
 
 
 class Studio:
@@ -47,6 +50,7 @@ class Studio:
         home: its folder.
         models: the base models that may be used, by name: a folder or an id; None is the embedded one.
         limits: the most that is taken.
+        vision: the vision models, by name: a name of timm, a folder or an id.
         jobs: other ones than the usual, for tests.
     """
 
@@ -56,11 +60,13 @@ class Studio:
         models: Mapping[str, str | None] | None = None,
         limits: Limits | None = None,
         jobs: Jobs | None = None,
+        vision: Mapping[str, str] | None = None,
     ) -> None:
         home = home.resolve()
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         home.chmod(0o700)
         self.home, self.models, self.limits = home, dict(models or {EMBEDDED: None}), limits or Limits()
+        self.vision = dict(vision or {TINY_VIT: TINY_VIT})
         self.intake = Intake(home, self.limits)
         self.jobs = jobs or Jobs(home, most=self.limits.run)
         self.shelf = Shelf(self.jobs)
@@ -100,6 +106,32 @@ class Studio:
         job = self.jobs.store.get(number)
         self.jobs.extend(job, int(length))
         return self.jobs.store.get(number)
+
+    def checkpoints(self, job: Job) -> list[Path]:
+        """What a training of pictures has kept on its way, the earliest first."""
+        folder = self.jobs.folder(job) / RUN / "checkpoints"
+        return sorted(folder.glob("step-*.safetensors")) if job.kind == "dreambooth" else []
+
+    def sample(self, number: int) -> Job:
+        """Asks a training for samples after the step that it makes."""
+        job = self.jobs.store.get(number)
+        folder = self.jobs.folder(job) / RUN
+        if job.kind != "dreambooth" or job.state != "running" or not (folder / "metrics.jsonl").is_file():
+            raise InputError(f"job {number} makes no steps now, which samples could follow; wait for it, or resume it")
+        (folder / ASKED).touch()
+        return job
+
+    def grid(self, number: int) -> Job:
+        """Draws what a training has kept on its way at several strengths, on a sheet for each of its prompts."""
+        job = self.jobs.store.get(number)
+        kept = self.checkpoints(job)
+        if not kept:
+            raise InputError(f"job {number} has kept no checkpoints yet; wait for the first one")
+        trained = progress.settings(self.jobs.folder(job))
+        adapters = [f"{path.stem}={path}" for path in kept]
+        given = {"prompts": trained["sample_prompts"], "adapters": adapters, "model": trained["model"]}
+        given |= {"seeds": [trained["seed"]], "sweep": list(STRENGTHS)}
+        return self._submit("generate", f"checkpoints of {job.title}", given)
 
     # -- create ------------------------------------------------------------------------------------------------------
 
@@ -173,17 +205,28 @@ class Studio:
 
     # -- recognise ---------------------------------------------------------------------------------------------------
 
-    def learn(self, pictures: str, title: str = "", settings: Mapping[str, Any] | None = None) -> Job:
-        """Adapts tiny-vit to a set of pictures by class; `settings` are those of classify."""
-        given = {**self._allowed("classify", settings or {}), "data": str(self.intake.folder(pictures))}
+    def learn(
+        self, pictures: str, title: str = "", settings: Mapping[str, Any] | None = None, model: str = TINY_VIT
+    ) -> Job:
+        """Adapts a vision model to a set of pictures by class; `settings` are those of classify."""
+        if model not in self.vision:
+            raise InputError(f"there is no vision model {model!r}; choose one of {', '.join(self.vision)}")
+        given = {**self._allowed("classify", settings or {}), "model": self.vision[model]}
+        if pictures != EXAMPLE:
+            given["data"] = str(self.intake.folder(pictures))
         return self._submit("classify", title or "pictures by class", given)
 
-    def recognise(self, number: int, pictures: str, top: int = 3) -> Job:
-        """Says what is in a set of pictures, by what a job of `learn` made."""
+    def classifier(self, number: int) -> Path:
+        """The file that a job of `learn` made."""
         learnt = self.jobs.store.get(number)
         file = self.jobs.folder(learnt) / RUN / "adapter.safetensors"
         if learnt.kind != "classify" or not file.is_file():
             raise InputError(f"job {number} has learnt no classes yet; choose one that is done")
+        return file
+
+    def recognise(self, number: int, pictures: str, top: int = 3) -> Job:
+        """Says what is in a set of pictures, by what a job of `learn` made."""
+        file, learnt = self.classifier(number), self.jobs.store.get(number)
         images = [str(self.intake.folder(pictures))]
         given = {"adapter": str(file), "images": images, "top": int(top), "json": True}
         return self._submit("predict", f"what is it? by {learnt.title}", given)
@@ -219,7 +262,7 @@ class Studio:
 
     def _allowed(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Settings that a page or a client may give."""
-        known = {f.name for f in fields(cli.load_pipeline(kind).Config)} - OURS
+        known = open_to_all(kind)
         if strange := sorted(settings.keys() - known):
             raise InputError(f"there is no setting {strange[0]!r} here; there are {', '.join(sorted(known))}")
         return {name: value for name, value in settings.items() if value is not None}
@@ -239,3 +282,8 @@ class Studio:
         finally:
             shutil.rmtree(draft)
         return self.jobs.submit(kind, title, settings)
+
+
+def open_to_all(kind: str) -> set[str]:
+    """The settings of a command that a page or a client may give: those that are no place on the disk."""
+    return {f.name for f in fields(cli.load_pipeline(kind).Config) if f.name not in OURS and "Path" not in str(f.type)}
