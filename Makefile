@@ -1,7 +1,7 @@
 # make demo   set up, then teach the embedded Stable Diffusion a subject and show the result
 # make studio set up, then open the studio, a web app, on this machine
 # make test   set up, then run the tests
-# make stress the long forms of the studio's tests: kills, hostile uploads
+# make stress the long forms of the studio's tests: kills, hostile uploads, 20 open tabs
 # make check  ruff, mypy and the tests: what every commit passes
 # make bench  speed and memory beside peft and diffusers, into benchmarks/results/
 # make bench-accuracy DATA=FOLDER  six small data sets against full fine-tuning and peft; goes on where it was stopped
@@ -45,6 +45,7 @@ check: $(READY) browser
 
 stress: $(READY)
 	VISMODAL_STRESS_KILLS=20 VISMODAL_STRESS_UPLOADS=200 $(BIN)/python -m pytest tests/test_studio_jobs.py tests/test_studio_intake.py
+	$(BIN)/python benchmarks/studio_load.py --quick false
 
 bench: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/speed.py

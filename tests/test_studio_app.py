@@ -257,16 +257,18 @@ def test_the_page_answers_every_event_of_its_own(up):
     """The handlers behind buttons and timers, run as the server runs them: with its checks of values and counts."""
     load_app("studio.work")
     blocks = up.page
-    names = {"load": 0, "tick": 0, "click": 0, "change": 0, "focus": 0, "upload": 0, "input": 0}
+    names = {"load": 0, "tick": 0, "click": 0, "change": 0, "focus": 0, "upload": 0, "input": 0, "select": 0}
     for function in list(blocks.fns.values()):
         if function.api_visibility == "public":
             continue
         for _, event in function.targets:
             names[event] += 1
-        if any(event in ("load", "tick") for _, event in function.targets):
+        if any(event in ("load", "tick", "select") for _, event in function.targets):
             values = [getattr(block, "value", None) for block in function.inputs]
             result = asyncio.run(blocks.process_api(function, values, state=None))
             assert len(result["data"]) == len(function.outputs)
+    timers = [block.active for block in blocks.blocks.values() if block.get_block_name() == "timer"]
+    assert timers == [True, False, False, False, False] and names["select"] == names["tick"] + 5  # the tab in view asks
     assert names["load"] >= 4 and names["tick"] >= 5 and names["click"] >= 15
     assert not [
         f.api_name for f in blocks.fns.values() if f.api_visibility == "public" and not isinstance(f.api_name, str)

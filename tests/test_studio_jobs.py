@@ -260,5 +260,16 @@ def test_progress_is_read_off_the_folder(jobs):
         "".join(f'{{"step": {i}, "seconds": {i}, "loss": {i}}}\n' for i in range(1, 9))
     )
     assert progress_module.losses(folder, most=4) == [(2, 1.5), (4, 3.5), (6, 5.5), (8, 7.5)]
+    with (folder / "run/metrics.jsonl").open("a") as file:  # it grows, by a damaged row and one that is cut
+        file.write('no row\n{"step": 9, "seconds": 9, "loss": 9}\n{"step": 10, "sec')
+    assert [row["step"] for row in progress_module.metrics(folder)] == list(range(1, 10))
+    with (folder / "run/metrics.jsonl").open("a") as file:
+        file.write('onds": 10, "loss": 10}\n')
+    assert [row["step"] for row in progress_module.metrics(folder)] == list(range(1, 11))
+    rows = [f'{{"step": {i}, "seconds": {i}, "loss": 0}}\n' for i in range(1, 14)]
+    (folder / "run/metrics.jsonl").write_text("".join(rows))  # as a resume does, here to a longer one
+    assert {row["loss"] for row in progress_module.metrics(folder)} == {0} and len(
+        progress_module.metrics(folder)
+    ) == 13
     assert [step for step, _ in progress_module.samples(folder)] == [0]
     assert progress_module.duration(7500) == "2 h 05 min"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -17,7 +18,7 @@ from .endpoints import Endpoints
 from .guard import HERE, Gate, Headers
 from .jobs_tab import JobsTab
 from .library import Library
-from .page import CSS, Served
+from .page import CSS, Served, on
 from .recognise import Recognise
 from .teach import Teach
 from .work import DAY, Studio
@@ -45,13 +46,36 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
     """All of it; nothing of a job's state lives in here."""
     with gr.Blocks(title="vismodal studio", analytics_enabled=False, delete_cache=(DAY, DAY)) as blocks:
         gr.Markdown("# vismodal studio")
-        timer = gr.Timer(EVERY)
+        timers = {name: gr.Timer(EVERY, active=name == next(iter(TABS))) for name in TABS}
         with gr.Tabs(overflow_behavior="wrap"):
             for name, kind in TABS.items():
                 with gr.Tab(name) as tab:
-                    kind(studio, served).tie(timer, blocks, tab)
+                    kind(studio, served).tie(timers[name], blocks, tab)
+                look(blocks, tab, name, timers)
         Endpoints(studio, served).tie()
+    quicken(blocks)
     return blocks
+
+
+def look(page: gr.Blocks, tab: gr.Tab, name: str, timers: Mapping[str, gr.Timer]) -> None:
+    """Only the tab that is seen asks how things are: at once, and then by its timer."""
+    for tick in list(page.fns.values()):
+        if tick.fn and (timers[name]._id, "tick") in tick.targets:
+            on(tab.select, tick.fn, tick.inputs, tick.outputs, quiet=True)
+    on(tab.select, lambda: [gr.Timer(active=one == name) for one in timers], [], list(timers.values()), quiet=True)
+
+
+def quicken(page: gr.Blocks) -> None:
+    """Makes the schema of each kind of component once.
+
+    For an update of an output, and so for one that skips it, Gradio 6.31 sets up the component anew and asks it for its
+    schema (gradio/state_holder.py, `_update_config`), which pydantic makes anew too: half of the time of a poll.
+    """
+    for block in page.blocks.values():
+        model: Any = getattr(block, "data_model", None)
+        if model is not None and "model_json_schema" not in vars(model):
+            schema = model.model_json_schema()
+            model.model_json_schema = partial(dict, schema)  # a copy, of which Gradio takes parts out
 
 
 def middleware(address: str) -> list[Middleware]:

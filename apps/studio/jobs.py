@@ -30,6 +30,7 @@ from vismodal.files import write_file
 from .folders import alive, number, size_of, take
 from .progress import RUN, complete, tail
 from .store import ACTIVE, Job, Store
+from .warm import Spare
 
 SETTINGS = "job.yaml"
 Command = Callable[[str, Sequence[str]], list[str]]
@@ -76,12 +77,14 @@ class Jobs:
         lanes: how many jobs of a lane run at a time.
         most: bytes that the folder of a job may have.
         command: gives the command line of a job; another one in tests.
+        spare: becomes the next job of the lane "drawing", if there is one.
     """
 
     home: Path
     lanes: Mapping[str, int] = field(default_factory=lambda: {"training": 1, "drawing": 1})
     most: int = 20 * 2**30
     command: Command = runner
+    spare: Spare | None = None
 
     def __post_init__(self) -> None:
         self.root = self.home / "jobs"
@@ -175,6 +178,8 @@ class Jobs:
                 if job.state == "queued" and busy.count(lane) < self.lanes[lane]:
                     busy.append(lane)
                     self._start(job)
+            if self.spare and "drawing" not in busy:  # beside a drawing it would take its cores
+                self.spare.start(environment())
 
     def watch(self, stop: threading.Event, every: float = 0.5) -> None:
         """Ticks until `stop` is set; a tick that fails is told, and does not end the watch."""
@@ -200,7 +205,10 @@ class Jobs:
         arguments = ["--config", str(folder / SETTINGS), *(["--resume=true"] if again else [])]
         try:
             with (folder / "said.txt").open("ab") as said, (folder / "log.txt").open("wb") as log:
-                self.children[job.id] = subprocess.Popen(
+                files = (lock, said.fileno(), log.fileno())
+                spare = self.spare if kind.lane == "drawing" else None
+                warm = spare.take(folder, [job.kind, *arguments], files) if spare else None
+                self.children[job.id] = warm or subprocess.Popen(
                     self.command(job.kind, arguments), cwd=folder, env=environment(), stdin=subprocess.DEVNULL,
                     stdout=said, stderr=log, start_new_session=True, pass_fds=(lock,), umask=0o077,
                 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,9 +47,20 @@ def duration(seconds: float) -> str:
 
 def settings(folder: Path) -> dict[str, Any]:
     """The settings of a run, filled in; empty before it has begun."""
+    path = folder / RUN / "config.yaml"
     try:
-        found = yaml.safe_load((folder / RUN / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        state = path.stat()
+        return dict(_settings(state.st_mtime_ns, state.st_size, path))
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _settings(time: int, size: int, path: Path) -> dict[str, Any]:
+    """Of a file as it was at a time and a size: to parse it takes longer than all else that a page asks for."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -56,18 +68,43 @@ def settings(folder: Path) -> dict[str, Any]:
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of the log of the training that was last at work. What is half written or damaged is left out."""
     logs = [folder / RUN / "metrics.jsonl", *(folder / RUN).glob("runs/*/metrics.jsonl")]
-    there = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in logs if path.is_file()]
-    return list(_rows(*max(there))) if there else []
+    there = [(path.stat().st_mtime_ns, path) for path in logs if path.is_file()]
+    return _log(max(there)[1]).rows() if there else []
+
+
+class Log:
+    """A log that grows at each step and that many pages ask for: only what is new is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.turn = path, threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.found: list[dict[str, float]] = []
+        self.end, self.last = 0, b""  # how far it is read, and the last line there
+
+    def rows(self) -> list[dict[str, float]]:
+        """All whole rows so far."""
+        with self.turn, self.path.open("rb") as file:
+            file.seek(self.end - len(self.last))
+            if file.read(len(self.last)) != self.last:  # a resume writes it anew
+                self._forget()
+                file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.end, self.last = self.end + len(line), line
+                if row := _row(line):
+                    self.found.append(row)
+            return self.found[:]
 
 
 @lru_cache(maxsize=64)
-def _rows(time: int, size: int, path: Path) -> tuple[dict[str, float], ...]:
-    """Of a log as it was at a time and a size, which many pages ask for."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return tuple(row for row in map(_row, lines) if row)
+def _log(path: Path) -> Log:
+    return Log(path)
 
 
-def _row(line: str) -> dict[str, float]:
+def _row(line: bytes) -> dict[str, float]:
     try:
         row = json.loads(line)
     except ValueError:

@@ -1,6 +1,7 @@
 """One job: a command of vismodal in a process of its own, which says who it is and how it ended.
 
     python runner.py COMMAND --config FILE      # in the job's folder
+    python runner.py --wait NUMBER              # a spare, which becomes one: see warm.py
 
 The web process may be gone by then: `pid` and `exit` are files of the job's folder. `lock`, which this process holds
 open from its first moment on, is let go by the system however the process ends.
@@ -15,7 +16,6 @@ from pathlib import Path
 def main(arguments: list[str]) -> int:
     """The exit code of the command."""
     write("pid", os.getpid())
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have had it ignored
     from vismodal.cli import main as command
 
     code = command(arguments)
@@ -31,4 +31,10 @@ def write(name: str, number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have had it ignored
+    given = sys.argv[1:]
+    if given[0] == "--wait":
+        from vismodal.cli import load_app
+
+        given = load_app("studio.warm").wait(int(given[1]))
+    sys.exit(main(given) if given else 0)

@@ -5,7 +5,9 @@ It reads what is on the disk at every tick of the page's timer, so that any tab,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -18,8 +20,8 @@ from .progress import losses, progress, shown, tail
 from .store import ACTIVE, Job
 from .work import Studio
 
-Seen = tuple[str, str]  # what a page shows already: the choices, and pictures with the curve
-UNSEEN = ("", "")
+Seen = tuple[str, str, str]  # what a page shows already: the choices with the buttons, the curve, the pictures
+UNSEEN = ("", "", "")
 
 
 class Watch:
@@ -56,6 +58,7 @@ class Watch:
         with gr.Accordion("What it says", open=False):
             self.log = gr.Textbox(lines=10, max_lines=10, show_label=False, elem_classes="log", interactive=False)
         self.seen = gr.State(UNSEEN)
+        self.mark = gr.Textbox(visible="hidden")  # a State would tell of its change through the queue only
 
     def outputs(self) -> list[Any]:
         buttons = [self.stop, self.resume, self.force, self.extend, self.now, self.grid]
@@ -64,7 +67,9 @@ class Watch:
     def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
         """To the timer, to the page's beginning, and to its own buttons."""
         on(page.load, lambda: self.show(None, UNSEEN), [], self.outputs(), quiet=True)
-        on(timer.tick, self.show, [self.job, self.seen], self.outputs(), quiet=True)
+        parts = [self.status, self.plot, self.log, self.seen, self.mark]
+        on(timer.tick, self.follow, [self.job, self.seen], parts, quiet=True)
+        on(self.mark.change, self.show, [self.job, self.seen], self.outputs(), quiet=True)
         on(self.job.input, self.show, [self.job, self.seen], self.outputs(), quiet=True)
         jobs = self.studio.jobs
         for button, action in ((self.stop, jobs.stop), (self.resume, jobs.resume), (self.force, jobs.force_stop)):
@@ -83,38 +88,66 @@ class Watch:
         active = [job for job in jobs if job.state in ACTIVE]
         return next((job for job in jobs if job.id == number), None) or next(iter([*active, *jobs]), None)
 
+    def follow(self, number: int | None, seen: Seen = UNSEEN) -> list[Any]:
+        """What changes at every step; and a mark which changes where the rest has to be shown anew.
+
+        An output takes the server longer than all else here, even if it is skipped: twenty pages would slow a training.
+        """
+        job = self.choose(number)
+        if job is None:
+            return ["No job yet.", gr.skip(), "", UNSEEN, ""]
+        folder, now = self.studio.jobs.folder(job), self._marks(job)
+        plot = curve(losses(folder)) if now[1] != seen[1] else gr.skip()
+        digest = hashlib.sha256(f"{now[0]} {now[2]}".encode()).hexdigest()[:16]
+        return [self._says(job), plot, tail(folder), (seen[0], now[1], seen[2]), digest]
+
     def show(self, number: int | None, seen: Seen = UNSEEN) -> list[Any]:
-        """All parts of the panel; the choices, and pictures with the curve, only where they have changed since `seen`.
+        """All parts of the panel; choices, buttons, curve and pictures only where they have changed since `seen`.
 
         What is sent again would close a list that somebody has open, and take a picture from under the pointer.
         """
         job = self.choose(number)
+        live = self._live(job)
         if job is None:
-            hidden = [gr.update(visible=False)] * 3
-            return [gr.update(choices=[], value=None), "No job yet.", *self._buttons(None), *hidden, "", UNSEEN]
-        folder = self.studio.jobs.folder(job)
-        now = progress(job.state, folder)
-        sheets, points = shown(folder), losses(folder)
-        choices = [(f"{j.id} · {j.title} · {j.state}", j.id) for j in self.mine()]
-        now_seen = (f"{job.id} {choices}", f"{job.id} {job.started} {len(sheets)} {points[-1:]}")
-        text = f"{now}" + (f"\n\n{plain(job.error)}" if job.error else "")
-        parts: list[Any] = [gr.skip(), gr.skip(), gr.skip()]
-        if now_seen[1] != seen[1]:
-            pictures = [(self.served(path), text) for text, path in sheets]
-            pair = (pictures[0][0], pictures[-1][0]) if self.pictures and len(pictures) > 1 else None
-            values = ((curve(points), len(points) > 1), (pair, pair is not None), (pictures[::-1], bool(pictures)))
-            parts = [gr.update(value=value, visible=visible) for value, visible in values]
-        chosen = gr.update(choices=choices, value=job.id) if now_seen[0] != seen[0] else gr.skip()
-        return [chosen, text, *self._buttons(job), *parts, tail(folder), now_seen]
+            hidden, buttons = [gr.update(visible=False)] * 3, [gr.update(interactive=False) for _ in live]
+            return [gr.update(choices=[], value=None), "No job yet.", *buttons, *hidden, "", UNSEEN]
+        folder, now = self.studio.jobs.folder(job), self._marks(job)
+        listed, drawn, pictured = (new != old for new, old in zip(now, seen, strict=True))
+        chosen = gr.update(choices=self._choices(), value=job.id) if listed else gr.skip()
+        buttons = [gr.update(interactive=active) if listed else gr.skip() for active in live]
+        points = losses(folder)
+        plot = gr.update(value=curve(points), visible=len(points) > 1) if listed or drawn else gr.skip()
+        pictures = self._pictures(shown(folder)) if pictured else [gr.skip(), gr.skip()]
+        return [chosen, self._says(job), *buttons, plot, *pictures, tail(folder), now]
 
-    def _buttons(self, job: Job | None) -> list[Any]:
+    def _marks(self, job: Job) -> Seen:
+        """These change with the choices and the buttons, with the curve, and with the pictures."""
+        folder = self.studio.jobs.folder(job)
+        points, run = losses(folder), f"{job.id} {job.started}"
+        listed = f"{job.id} {self._choices()} {self._live(job)} {len(points) > 1}"
+        return listed, f"{run} {points[-1:]}", f"{run} {len(shown(folder))}"
+
+    def _choices(self) -> list[tuple[str, int]]:
+        return [(f"{job.id} · {job.title} · {job.state}", job.id) for job in self.mine()]
+
+    def _says(self, job: Job) -> str:
+        now = progress(job.state, self.studio.jobs.folder(job))
+        return f"{now}" + (f"\n\n{plain(job.error)}" if job.error else "")
+
+    def _pictures(self, sheets: Sequence[tuple[str, Path]]) -> list[Any]:
+        """The first beside the last, and all of them, the last first."""
+        found = [(self.served(path), text) for text, path in sheets]
+        pair = (found[0][0], found[-1][0]) if self.pictures and len(found) > 1 else None
+        return [gr.update(value=pair, visible=pair is not None), gr.update(value=found[::-1], visible=bool(found))]
+
+    def _live(self, job: Job | None) -> list[bool]:
+        """Which buttons can be pressed."""
         state = job.state if job else ""
         kept = job is not None and bool(self.studio.checkpoints(job))
-        live = (
+        return [
             state in ("queued", "running"), state in ("stopped", "failed"), state in ACTIVE,
             state in ("stopped", "done"), state == "running", kept,
-        )  # fmt: skip
-        return [gr.update(interactive=active) for active in live]
+        ]  # fmt: skip
 
     def _act(self, action: Callable[[Job], None]) -> Callable[..., list[Any]]:
         def act(number: int | None, seen: Seen) -> list[Any]:
