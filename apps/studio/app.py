@@ -10,6 +10,7 @@ Jobs are processes of their own: they go on when the page is closed and when the
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -117,9 +118,10 @@ def serving(config: Config, password: str | None = None) -> Iterator[str]:
     from .warm import Spare
     from .work import Studio
 
+    shutil.rmtree(cache, ignore_errors=True)  # what an earlier studio served, and was sent
     limits = Limits(upload=config.largest * MIB, total=int(config.disk * 2**30), run=int(config.run_disk * 2**30))
     spare = Spare() if config.warm else None
-    jobs = Jobs(home, {"training": config.trainers, "drawing": 1}, limits.run, spare=spare)
+    jobs = Jobs(home, {"training": config.trainers, "drawing": 1}, limits.run, limits.total, spare=spare)
     studio = Studio(home, models, limits, jobs, vision)
     jobs.tick()  # what has ended meanwhile is settled before anybody looks
     stop = threading.Event()

@@ -11,6 +11,7 @@ from typing import IO
 from vismodal.data.decode import Unusable
 
 MIB = 2**20
+_ENTRY = 1024  # bytes of an entry of the list, with a long name
 _IGNORED = ("__macosx", "thumbs.db", "desktop.ini", ".ds_store")
 
 
@@ -41,15 +42,18 @@ class Archives:
         for archive in self.open:
             archive.close()
 
-    def entries(self, file: Path, rejected: list[str]) -> Iterator[Entry]:
-        """The files in a zip. What leads out of it, is a link, or is locked is named."""
+    def entries(self, file: Path, rejected: list[str], most: int) -> Iterator[Entry]:
+        """The files in a zip, or why there are none. What leads out of it, is a link, or is locked is named."""
         try:
+            if directory_of(file) > most * _ENTRY:
+                rejected.append(f"{file.name}: more than {most:,} files; zip fewer")
+                return
             archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             rejected.append(f"{file.name}: no zip that can be read ({error})")
             return
         self.open.append(archive)
-        for info in archive.infolist():
+        for info in archive.infolist()[: 2 * most]:  # folders and what systems add count as well
             path = PurePosixPath(info.filename.replace("\\", "/"))
             if info.is_dir() or any(part.lower() in _IGNORED or part.startswith("._") for part in path.parts):
                 continue
@@ -57,6 +61,15 @@ class Archives:
                 rejected.append(f"{path}: {reason}")
             else:
                 yield Entry(path, info.file_size, (archive, info))
+
+
+def directory_of(file: Path) -> int:
+    """Bytes of a zip's list of entries, as its end says: `zipfile` reads all of it before anybody can stop it."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 2**16 - 22))
+        end = stream.read()
+    place = end.rfind(b"PK\x05\x06")
+    return int.from_bytes(end[place + 12 : place + 16], "little") if place >= 0 else 0
 
 
 def _refused(info: zipfile.ZipInfo, path: PurePosixPath) -> str:

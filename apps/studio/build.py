@@ -15,7 +15,7 @@ from vismodal.errors import InputError
 
 from .create import Create
 from .endpoints import Endpoints
-from .guard import HERE, Gate, Headers
+from .guard import HERE, Doors, Gate, Headers
 from .jobs_tab import JobsTab
 from .library import Library
 from .page import CSS, Served, on
@@ -78,10 +78,10 @@ def quicken(page: gr.Blocks) -> None:
             model.model_json_schema = partial(dict, schema)  # a copy, of which Gradio takes parts out
 
 
-def middleware(address: str) -> list[Middleware]:
+def middleware(address: str, studio: Studio) -> list[Middleware]:
     """On this machine's own address a name that leads here from a strange page is refused as well (DNS rebinding)."""
     ours = [Middleware(TrustedHostMiddleware, allowed_hosts=list(HERE))] if address in HERE else []
-    return [Middleware(Headers), *ours]
+    return [Middleware(Headers), *ours, Middleware(Doors, most=2 * studio.limits.upload, full=studio.intake.full)]
 
 
 def launch(studio: Studio, cache: Path, address: str, port: int | None, password: str | None) -> tuple[gr.Blocks, str]:
@@ -92,10 +92,10 @@ def launch(studio: Studio, cache: Path, address: str, port: int | None, password
     try:
         _, local, _ = blocks.launch(
             server_name=address, server_port=port, auth=Gate(password) if password else None,
-            auth_message="Any name, and the password of this studio.", share=False,
+            auth_message="Any name, and the password of this studio.", share=False, run_history=False,
             prevent_thread_lock=True, quiet=True, show_error=False, ssr_mode=False, enable_monitoring=False,
             max_file_size=studio.limits.upload, footer_links=["api", "settings"], pwa=False,
-            app_kwargs={"middleware": middleware(address)}, css=CSS,
+            app_kwargs={"middleware": middleware(address, studio)}, css=CSS,
             theme=gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="teal", radius_size="md"),
         )  # fmt: skip
     except OSError as error:

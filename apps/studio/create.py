@@ -49,7 +49,7 @@ class Create:
                     visible=False,
                     elem_classes="sheets",
                 )
-        self.seen = gr.State(UNSEEN)
+        self.seen, self.worn = gr.State(UNSEEN), gr.State([])
 
     def _fields(self) -> None:
         self.prompt = gr.Textbox(
@@ -86,7 +86,8 @@ class Create:
         on(timer.tick, self.show, [self.job, self.seen], shown, quiet=True)
         on(self.job.input, self.show, [self.job, self.seen], shown, quiet=True)
         on(self.adapters.focus, lambda: gr.update(choices=self.names()), [], [self.adapters], quiet=True)
-        on(self.adapters.change, self.label, [self.adapters], self.strengths, quiet=True)
+        sliders = [self.worn, *self.strengths]
+        on(self.adapters.change, self.label, [self.adapters, *sliders], sliders, quiet=True)
         on(self.draw.click, self.begin, fields, [self.seed, *shown])
         on(self.sweep.click, self.begin_sweep, fields, [self.seed, *shown])
 
@@ -96,11 +97,14 @@ class Create:
     def names(self) -> list[tuple[str, str]]:
         return [(each.name, str(each.id)) for each in self.studio.shelf.adapters()]
 
-    def label(self, chosen: list[str]) -> list[Any]:
-        """A slider for each adapter, with its name."""
-        names = [self.studio.shelf.get(key).name for key in chosen]
-        shown = [gr.update(visible=True, label=f"Strength of {name}") for name in names[:MOST]]
-        return shown + [gr.update(visible=False)] * (MOST - len(shown))
+    def label(self, chosen: list[str], worn: list[str], *strengths: float) -> list[Any]:
+        """A slider for each adapter, with its name, where it was set to before."""
+        before = dict(zip(worn, strengths, strict=False))
+        shown = [
+            gr.update(visible=True, label=f"Strength of {self.studio.shelf.get(key).name}", value=before.get(key, 1.0))
+            for key in chosen[:MOST]
+        ]
+        return [chosen, *shown, *[gr.update(visible=False)] * (MOST - len(shown))]
 
     def begin(self, *fields: Any) -> list[Any]:
         return self._begin((), *fields)
@@ -164,7 +168,7 @@ def pictures(studio: Studio, job: Job) -> list[tuple[Path, str, dict[str, Any]]]
     """The pictures of a job in order, each with a line about it, and the settings that it carries."""
     folder = studio.jobs.folder(job) / RUN
     found = []
-    for path in sorted(path for path in folder.glob("*.png") if not path.name.startswith("sheet")):
+    for path in sorted(path for path in folder.glob("[0-9]*.png")):
         with Image.open(path) as image:
             carried = json.loads(getattr(image, "text", {}).get("vismodal", "{}"))
         worn = " ".join(f"[{each['name']} {each['strength']:g}]" for each in carried.get("adapters", ()))

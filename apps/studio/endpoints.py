@@ -18,7 +18,7 @@ from vismodal.errors import InputError
 
 from .create import pictures
 from .jobs import RUN
-from .page import Served, told
+from .page import HEAVY, Served, told
 from .progress import losses, progress, samples, tail
 from .shelf import Adapter
 from .store import Job
@@ -95,6 +95,7 @@ class Endpoints:
     def delete(self, number: int) -> list:
         """Deletes a job and all that it made; gives the others."""
         self.studio.jobs.delete(self.studio.jobs.store.get(number))
+        self.served.forget()
         return self.jobs()
 
     # -- what the tabs do --------------------------------------------------------------------------------------------
@@ -116,13 +117,14 @@ class Endpoints:
 
     def pictures(self, number: int) -> list:
         """The pictures of a drawing, with the settings that they carry."""
-        job = self.studio.jobs.store.get(number)
+        job = self._drawn(number)
         found = pictures(self.studio, job)
         return [{"file": self._file(self.served(path)), **carried} for path, _, carried in found]
 
     def sheets(self, number: int) -> list:
         """The sheets of a drawing: prompts by seeds, or adapters by strengths."""
-        return [self._file(self.served(path)) for path in sorted((self._folder(number) / RUN).glob("sheet*.png"))]
+        folder = self.studio.jobs.folder(self._drawn(number)) / RUN
+        return [self._file(self.served(path)) for path in sorted(folder.glob("sheet*.png"))]
 
     def adapters(self) -> list:
         """The library."""
@@ -171,6 +173,13 @@ class Endpoints:
 
     # -- small parts -------------------------------------------------------------------------------------------------
 
+    def _drawn(self, number: int) -> Job:
+        """A job whose pictures are all there."""
+        job = self.studio.jobs.store.get(number)
+        if job.kind != "generate" or job.state != "done":
+            raise InputError(f"job {number} has no pictures: it is {job.state}")
+        return job
+
     def _folder(self, number: int) -> Any:
         return self.studio.jobs.folder(self.studio.jobs.store.get(number))
 
@@ -189,4 +198,5 @@ class Endpoints:
         for name in sorted(vars(Endpoints)):
             if not name.startswith("_") and name != "tie":
                 function: Callable[..., Any] = getattr(self, name)
-                gr.api(told(function), api_name=name, concurrency_limit=None)
+                limit: dict[str, Any] = HEAVY if name == "upload" else {"concurrency_limit": None}
+                gr.api(told(function), api_name=name, **limit)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hmac
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from starlette.responses import PlainTextResponse
 
 Message = MutableMapping[str, Any]
 TRIES, MINUTE = 5, 60.0
@@ -63,3 +67,42 @@ class Headers:
             await send(message)
 
         await self.app(scope, receive, answer if scope["type"] == "http" else send)
+
+
+class Doors:
+    """Refuses what no page of ours asks for, before Gradio sees it.
+
+    That the server fetch an address (Gradio's `file=http...` and `proxy=`); requests that another page makes in a
+    visitor's browser, which tells its origin; uploads that are larger than is taken, or that nothing is left for.
+
+    Args:
+        most: bytes of an upload.
+        full: whether the studio's folder has no room.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], most: int, full: Callable[[], bool]) -> None:
+        self.app, self.most, self.full = app, most, full
+
+    async def __call__(self, scope: Message, receive: Any, send: Callable[[Message], Awaitable[None]]) -> None:
+        refused = self._refused(scope) if scope["type"] in ("http", "websocket") else None
+        if refused is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await PlainTextResponse(refused[1], refused[0])(scope, receive, send)
+
+    def _refused(self, scope: Message) -> tuple[int, str] | None:
+        """The status and the reason."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        path = unquote(scope["path"]).lower()
+        if re.search(r"/(file[=/]+[a-z][a-z0-9+.-]*:|proxy=)", path):
+            return 403, "this studio fetches nothing"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            return 403, "this came from another page"
+        if scope.get("method") == "POST" and path.endswith("/upload"):
+            length = headers.get("content-length", "")
+            if not length.isdigit():
+                return 411, "an upload says how long it is"
+            if int(length) > self.most or self.full():
+                return 413, "there is no room for this upload; give less, or delete some jobs"
+        return None

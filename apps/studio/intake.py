@@ -31,6 +31,7 @@ from .folders import size_of
 
 CALLED = ".names.json"  # what the pictures of a set were called, by the names that they have now
 _CAPTION = 2**16
+GROWTH = 4  # times the bytes of an upload that its pictures may have as png
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Intake:
                 write_file((folder / new).with_suffix(".txt"), text)
             write_file(folder / CALLED, json.dumps({new: str(old.path) for new, old in taken.items()}))
             folder.rename(self.sets / name)
-        shown_names = {new: str(old.path) for new, old in taken.items()}
-        return Upload(name, shown_names, tuple(one_line(text) for text in rejected))
+        called = {new: str(old.path) for new, old in taken.items()}
+        return Upload(name, called, tuple(one_line(text) for text in rejected))
 
     def folder(self, name: str) -> Path:
         """The folder of a set. Raises `InputError` for a name that the server did not give."""
@@ -138,7 +139,7 @@ class Intake:
         count = total = 0
         for file in files:
             if is_zip(file):
-                found = archives.entries(file, rejected)
+                found = archives.entries(file, rejected, self.limits.count)
             else:
                 found = iter([Entry(PurePosixPath(file.name), file.stat().st_size, file)])
             for entry in found:
@@ -153,6 +154,7 @@ class Intake:
         """Writes what is usable, and gives it by its new name."""
         taken: dict[str, Entry] = {}
         labels: dict[str, str] = {}
+        written = 0
         for entry in sorted(entries, key=lambda e: str(e.path)):
             if _is_text(entry.path):
                 continue
@@ -163,7 +165,11 @@ class Intake:
                     place = folder / labels.setdefault(label, f"class-{len(labels):03d}")
                     place.mkdir(mode=0o700, exist_ok=True)
                 path = place / f"{len(taken) + 1:04d}.png"
-                write_file(path, png(self._picture(entry)))
+                data = png(self._picture(entry))  # larger than a jpg
+                written += len(data)
+                if written > GROWTH * self.limits.upload:
+                    raise InputError("these pictures are more than is taken at once; give fewer, or smaller ones")
+                write_file(path, data)
             except Unusable as error:
                 rejected.append(f"{entry.path}: {error}")
                 continue
@@ -224,11 +230,11 @@ class Intake:
 
     def check_space(self) -> None:
         """Raises `InputError` where the studio's folder is full."""
-        used = size_of(self.home)
-        if used > self.limits.total:
-            raise InputError(
-                f"the studio's folder has {used / 2**30:.1f} GiB, of {self.limits.total / 2**30:.1f}; delete some jobs"
-            )
+        if self.full():
+            raise InputError(f"the studio's folder has its {self.limits.total / 2**30:.3g} GiB; delete some jobs")
+
+    def full(self) -> bool:
+        return size_of(self.home) > self.limits.total
 
 
 def _label(path: PurePosixPath) -> str:

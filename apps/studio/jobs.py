@@ -28,11 +28,11 @@ from vismodal.errors import InputError
 from vismodal.files import write_file
 
 from .folders import alive, number, size_of, take
-from .progress import RUN, complete, tail
+from .progress import RUN, complete, steps_made, tail
 from .store import ACTIVE, Job, Store
 from .warm import Spare
 
-SETTINGS = "job.yaml"
+SETTINGS, GIVEN = "job.yaml", "given"
 Command = Callable[[str, Sequence[str]], list[str]]
 
 
@@ -45,19 +45,21 @@ class Kind:
         out: the setting that says where results go, and the place inside the job's folder.
         resumes: whether it goes on where it was stopped; what does not begins anew.
         length: the setting by which a finished one is extended.
+        given: the setting that names a set of pictures, of which the job keeps its own links.
     """
 
     lane: str
     out: tuple[str, str] | None = ("output", RUN)
     resumes: bool = False
     length: str | None = None
+    given: str | None = None
 
 
 KINDS = {
-    "dreambooth": Kind("training", resumes=True, length="steps"),
-    "classify": Kind("training", resumes=True),
+    "dreambooth": Kind("training", resumes=True, length="steps", given="photos"),
+    "classify": Kind("training", resumes=True, given="data"),
     "generate": Kind("drawing"),
-    "predict": Kind("drawing", out=None),
+    "predict": Kind("drawing", out=None, given="images"),
     "merge": Kind("drawing", out=("out", f"{RUN}/adapter.safetensors")),
     "convert": Kind("drawing", out=("out", f"{RUN}/adapter.safetensors")),
 }
@@ -76,6 +78,7 @@ class Jobs:
         home: its folder.
         lanes: how many jobs of a lane run at a time.
         most: bytes that the folder of a job may have.
+        total: bytes that the studio's folder may have; above them no job begins.
         command: gives the command line of a job; another one in tests.
         spare: becomes the next job of the lane "drawing", if there is one.
     """
@@ -83,6 +86,7 @@ class Jobs:
     home: Path
     lanes: Mapping[str, int] = field(default_factory=lambda: {"training": 1, "drawing": 1})
     most: int = 20 * 2**30
+    total: int = 2**60
     command: Command = runner
     spare: Spare | None = None
 
@@ -99,12 +103,16 @@ class Jobs:
 
     # -- what people ask for -----------------------------------------------------------------------------------------
 
-    def submit(self, kind: str, title: str, settings: Mapping[str, Any]) -> Job:
-        """Puts a job into the queue; `settings` are plain values of the command's `Config`."""
+    def submit(
+        self, kind: str, title: str, settings: Mapping[str, Any], beside: Mapping[str, str] | None = None
+    ) -> Job:
+        """Puts a job into the queue; `settings` are plain values of the command's `Config`, `beside` other files."""
         name = secrets.token_hex(8)
         folder = self.root / name
         folder.mkdir(mode=0o700)
-        self.write(folder, kind, settings)
+        self.write(folder, kind, {**settings, **self._linked(folder, KINDS[kind].given, settings)})
+        for file, text in (beside or {}).items():
+            write_file(folder / file, text)
         return self.store.add(kind, title[:80].strip() or kind, name)
 
     def write(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
@@ -112,29 +120,42 @@ class Jobs:
         out = KINDS[kind].out
         write_settings(folder, {**settings, **({out[0]: str(folder / out[1])} if out else {})})
 
+    def _linked(self, folder: Path, name: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A set of pictures as it is now, in the job's own folder: others may change or delete it."""
+        if name is None or name not in settings:
+            return {}
+        several = isinstance(settings[name], list)
+        shutil.copytree(settings[name][0] if several else settings[name], folder / GIVEN, copy_function=os.link)
+        return {name: [str(folder / GIVEN)] if several else str(folder / GIVEN)}
+
     def folder(self, job: Job) -> Path:
         return self.root / job.folder
 
     def settings(self, job: Job) -> dict[str, Any]:
         """As they were submitted, or extended."""
-        given: dict[str, Any] = yaml.safe_load((self.folder(job) / SETTINGS).read_text(encoding="utf-8"))
+        given: dict[str, Any] = yaml.safe_load(self._text(job))
         return given
+
+    def _text(self, job: Job) -> str:
+        return (self.folder(job) / SETTINGS).read_text(encoding="utf-8")
 
     def stop(self, job: Job) -> None:
         """Takes a job out of the queue, or lets it save and stop. A second call changes nothing."""
-        if self.store.move(job, ("queued",), "stopped"):
-            return
-        if self.store.move(job, ("running",), "stopping"):
-            self._tell(job)
-        elif self.store.get(job.id).state != "stopping":
-            raise InputError(f"job {job.id} does not run, so there is nothing to stop")
+        with self.turn:  # or a tick would tell it a second time
+            if self.store.move(job, ("queued",), "stopped"):
+                return
+            if self.store.move(job, ("running",), "stopping"):
+                self._tell(job)
+            elif self.store.get(job.id).state != "stopping":
+                raise InputError(f"job {job.id} does not run, so there is nothing to stop")
 
     def force_stop(self, job: Job) -> None:
         """Kills a job at once; a training goes back to its last checkpoint."""
-        self.store.move(job, ("running",), "stopping")
-        if self.store.get(job.id).state != "stopping":
-            raise InputError(f"job {job.id} does not run, so there is nothing to stop")
-        self._signal(job, signal.SIGKILL)
+        with self.turn:
+            self.store.move(job, ("running",), "stopping")
+            if self.store.get(job.id).state != "stopping":
+                raise InputError(f"job {job.id} does not run, so there is nothing to stop")
+            self._signal(job, signal.SIGKILL)
 
     def resume(self, job: Job) -> None:
         """Back into the queue: a training goes on where it stopped, anything else begins anew."""
@@ -150,13 +171,17 @@ class Jobs:
             now = self.store.get(job.id)
             if now.state in (*ACTIVE, "queued"):
                 raise InputError(f"job {job.id} is {now.state}; stop it, or wait for its end, then extend it")
-            given = self.settings(job)
-            write_settings(self.folder(job), {**given, name: length})
+            if length < (made := steps_made(self.folder(job))):
+                raise InputError(f"job {job.id} has made {made} steps already; extend it to more than that")
+            write_settings(self.folder(job), {**self.settings(job), name: length})
             self.store.move(job, ("stopped", "failed", "done"), "queued")
 
     def delete(self, job: Job) -> None:
         """Forgets a job and all that it has made."""
         with self.turn:
+            needed = (j for j in self.store.all() if j.id != job.id and j.state in (*ACTIVE, "queued"))
+            if user := next((j for j in needed if job.folder in self._text(j)), None):
+                raise InputError(f"job {user.id}, {user.title}, needs what job {job.id} made; let it end, or stop it")
             if alive(self.folder(job)) or not self.store.remove(job):
                 raise InputError(f"job {job.id} still runs; stop it first")
             shutil.rmtree(self.folder(job), ignore_errors=True)
@@ -194,11 +219,16 @@ class Jobs:
         lock = take(folder)
         if lock is None:
             return
+        for name in ("pid", "exit", "told", "full", "said.txt"):  # first: they would speak for the new process
+            (folder / name).unlink(missing_ok=True)
+        if (used := size_of(self.home)) > self.total:
+            why = f"the studio's folder has {used / 2**30:.1f} GiB, which is its most; delete some jobs"
+            self.store.move(job, ("queued",), "failed", why)
+            os.close(lock)
+            return
         if not self.store.move(job, ("queued",), "running"):
             os.close(lock)
             return
-        for name in ("pid", "exit", "told", "full", "said.txt"):
-            (folder / name).unlink(missing_ok=True)
         again = kind.resumes and (folder / RUN / "config.yaml").is_file()
         if not again:
             shutil.rmtree(folder / RUN, ignore_errors=True)
@@ -222,8 +252,9 @@ class Jobs:
         if alive(folder):
             size = size_of(folder)
             if job.state == "running" and size > self.most:
-                write_file(folder / "full", f"{size}")
                 self.stop(job)
+                with suppress(InputError):  # the disk may be full as well
+                    write_file(folder / "full", f"{size}")
             elif job.state == "stopping":
                 self._tell(job)
             return
@@ -235,7 +266,7 @@ class Jobs:
     def _outcome(self, job: Job, folder: Path) -> tuple[Any, str]:
         """What a job that lives no more has come to: its state and its error."""
         code = number(folder / "exit")
-        if code == 0 and (KINDS[job.kind].length is None or complete(folder)):
+        if code == 0 and (not KINDS[job.kind].resumes or complete(folder)):
             return "done", ""
         if code in (0, 130) or job.state == "stopping":
             full = (folder / "full").exists()

@@ -14,12 +14,15 @@ from .progress import duration, progress, tail
 from .store import ACTIVE
 from .work import Studio
 
+Seen = tuple[str, str]  # what a page shows already: the table, and the choices
+UNSEEN = ("", "")
+
 
 class JobsTab:
     """Builds the tab inside a page."""
 
     def __init__(self, studio: Studio, served: Served) -> None:
-        self.studio = studio
+        self.studio, self.served = studio, served
         self.table = gr.Dataframe(
             headers=["job", "what", "title", "state", "how far", "since"], interactive=False, wrap=True,
             label="Jobs, the newest first", column_count=6, type="array", max_height=420,
@@ -32,7 +35,7 @@ class JobsTab:
         with gr.Row():
             self.sure = gr.Checkbox(False, label="Yes, delete it with all it made", min_width=160)
             self.delete = gr.Button("Delete", size="sm", variant="stop", min_width=100, elem_classes="low")
-        self.seen = gr.State("")
+        self.seen = gr.State(UNSEEN)
         self.log = gr.Textbox(label="What it says", lines=10, max_lines=10, elem_classes="log", interactive=False)
 
     def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
@@ -46,7 +49,7 @@ class JobsTab:
             on(button.click, self._act(action), [self.job], shown)
         on(self.delete.click, self.remove, [self.job, self.sure], [self.sure, *shown])
 
-    def show(self, number: int | None, seen: str = "") -> list[Any]:
+    def show(self, number: int | None, seen: Seen = UNSEEN) -> list[Any]:
         """The table and the choices where they have changed since `seen`, and the log of the one that is chosen."""
         jobs = self.studio.jobs.store.all()[::-1]
         rows = []
@@ -57,11 +60,13 @@ class JobsTab:
             rows.append([job.id, job.kind, job.title, job.state, how, clock(job.ended or job.started or job.created)])
         chosen = next((job for job in jobs if job.id == number), jobs[0] if jobs else None)
         choices = [(f"{job.id} · {job.title}", job.id) for job in jobs]
-        log = tail(self.studio.jobs.folder(chosen)) if chosen else ""
-        mark = f"{rows}"
-        if mark == seen:
-            return [gr.skip(), gr.skip(), log, mark]
-        return [rows, gr.update(choices=choices, value=chosen.id if chosen else None), log, mark]
+        now = (f"{rows}", f"{choices}")
+        table = rows if now[0] != seen[0] else gr.skip()
+        listed = gr.skip()
+        if now[1] != seen[1]:  # the choice itself is sent only where it has gone: somebody may just be choosing
+            gone = chosen is None or chosen.id != number
+            listed = gr.update(choices=choices, **({"value": chosen.id if chosen else None} if gone else {}))
+        return [table, listed, tail(self.studio.jobs.folder(chosen)) if chosen else "", now]
 
     def _act(self, action: Any) -> Any:
         def act(number: int | None) -> list[Any]:
@@ -79,6 +84,7 @@ class JobsTab:
         if not sure:
             raise InputError("deleting cannot be undone; tick the box beside the button first")
         self.studio.jobs.delete(self.studio.jobs.store.get(number))
+        self.served.forget()
         return [False, *self.show(None)]
 
 

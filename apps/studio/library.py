@@ -124,7 +124,9 @@ class Library:
         """The file of an export, once it is there."""
         if number is None:
             return [gr.skip(), gr.skip(), gr.skip()]
-        job = self.studio.jobs.store.get(number)
+        job = self.studio.jobs.store.find(number)
+        if job is None:
+            return [None, "", gr.skip()]
         if job.state == "done":
             name = f"{job.title.replace(' for ', '-')}.safetensors"
             path = self.served(self.studio.jobs.folder(job) / RUN / "adapter.safetensors", name)
@@ -154,4 +156,5 @@ class Library:
             raise InputError("deleting cannot be undone; tick the box beside the button first")
         each = self.studio.shelf.get(key)
         self.studio.jobs.delete(self.studio.jobs.store.get(each.id))
+        self.served.forget()
         return [False, f"{plain(each.name)} is deleted.", *self.refresh(None)]

@@ -20,6 +20,8 @@ import gradio as gr
 
 from vismodal.errors import InputError, one_line
 
+HEAVY: dict[str, Any] = {"concurrency_limit": 2, "concurrency_id": "intake"}  # of what decodes pictures
+KEY = 32  # letters of the folders in which files are served; those of uploads are longer
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,15 +52,23 @@ class Served:
     def __call__(self, path: Path, name: str = "") -> str:
         """Where Gradio finds a file of the studio; `name` is what a download is called."""
         state = path.stat()
-        key = hashlib.sha256(f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0{name}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{path}\0{state.st_mtime_ns}\0{state.st_size}\0{name}".encode()).hexdigest()[:KEY]
         target = self.cache / key / (name or path.name)
         if not target.exists():
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 os.link(path, target)  # files here are replaced, never changed
+            except FileExistsError:  # another page was faster
+                pass
             except OSError:
                 shutil.copyfile(path, target)
         return str(target)
+
+    def forget(self) -> None:
+        """Takes away what only a page still has: the files of jobs that are deleted."""
+        for folder in self.cache.iterdir():
+            if len(folder.name) == KEY and all(path.stat().st_nlink == 1 for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def uploaded(self, path: str) -> Path:
         """A file that was uploaded. Raises `InputError` for any other path, whoever gives it."""
@@ -89,16 +99,17 @@ def on(
     inputs: Sequence[Any] = (),
     outputs: Sequence[Any] = (),
     quiet: bool = False,
+    heavy: bool = False,
 ) -> Any:
-    """Ties a handler to an event of the page; programs have endpoints of their own."""
+    """Ties a handler to an event of the page; programs have endpoints of their own. Heavy ones wait for each other."""
     return event(
         told(function),
         list(inputs),
         list(outputs),
         api_visibility="private",
         show_progress="hidden" if quiet else "minimal",
-        concurrency_limit=None,
         queue=not quiet,
+        **(HEAVY if heavy else {"concurrency_limit": None}),
     )
 
 

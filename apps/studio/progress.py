@@ -129,10 +129,8 @@ def progress(state: str, folder: Path) -> Progress:
 
 
 def _phase(folder: Path, given: dict[str, Any], log: str, step: int, total: int | None) -> str:
-    if total and step >= total:
-        return "writing the results"
     if "training:" in log:
-        return "training"
+        return "writing the results" if total and step >= total else "training"
     if made := _MAKING.findall(log):
         return f"making class images, batch {made[-1][0]} of {made[-1][1]}"
     if given and "steps" in given and not list((folder / RUN / "samples").glob("step-*.png")):
@@ -147,10 +145,19 @@ def speed_of(rows: list[dict[str, float]]) -> float | None:
     return (rows[-1]["step"] - rows[0]["step"]) / (rows[-1]["seconds"] - rows[0]["seconds"])
 
 
+def steps_made(folder: Path) -> int:
+    """Those that a training has logged."""
+    rows = metrics(folder)
+    return int(rows[-1]["step"]) if rows else 0
+
+
 def complete(folder: Path) -> bool:
-    """Whether a training has made all the steps of its settings."""
-    rows, steps = metrics(folder), settings(folder).get("steps")
-    return bool(rows) and isinstance(steps, int) and rows[-1]["step"] >= steps
+    """Whether a training has made all its steps, and written its result after its last checkpoint: one that was stopped
+    at its end has none, or that of before it was extended."""
+    result, steps = folder / RUN / "adapter.safetensors", settings(folder).get("steps")
+    kept = (path.stat().st_mtime_ns for path in (folder / RUN).rglob("checkpoints/step-*.safetensors"))
+    made = not isinstance(steps, int) or steps_made(folder) >= steps
+    return made and result.is_file() and result.stat().st_mtime_ns >= max(kept, default=0)
 
 
 def losses(folder: Path, most: int = 200) -> list[tuple[int, float]]:

@@ -47,12 +47,12 @@ class Recognise:
     def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         self.watch.tie(timer, page)
-        on(self.files.upload, self.take, [self.files], [self.set, self.told, self.files])
+        on(self.files.upload, self.take, [self.files], [self.set, self.told, self.files], heavy=True)
         on(self.example.click, self.use_example, [], [self.set, self.told])
         on(self.fetch.click, self.files_of, [self.watch.job], [self.made])
         fields = [self.set, self.title, self.method, self.epochs, self.model]
         on(self.start.click, self.begin, fields, self.watch.outputs())
-        on(self.ask.click, self.question, [self.watch.job, self.images], [self.asked, self.answer])
+        on(self.ask.click, self.question, [self.watch.job, self.images], [self.asked, self.answer], heavy=True)
         on(timer.tick, self.follow, [self.asked], [self.asked, self.answer], quiet=True)
 
     def take(self, file: str | None) -> list[Any]:
@@ -69,7 +69,7 @@ class Recognise:
     def begin(self, pictures: str, title: str, method: str, epochs: float, model: str) -> list[Any]:
         if not pictures:
             raise InputError("there are no classes yet; upload a zip with a folder of pictures for each")
-        job = self.studio.learn(pictures, title, {"method": method, "epochs": int(epochs)}, model)
+        job = self.studio.learn(pictures, title, {"method": method, "epochs": int(epochs or 0)}, model)
         self.studio.jobs.tick()
         return self.watch.show(job.id)
 
@@ -91,7 +91,9 @@ class Recognise:
         """The answer, once it is there."""
         if number is None:
             return [gr.skip(), gr.skip()]
-        job = self.studio.jobs.store.get(number)
+        job = self.studio.jobs.store.find(number)
+        if job is None:
+            return [None, ""]
         if job.state in ("failed", "stopped"):
             return [None, f"No answer: {plain(job.error or job.state)}"]
         if job.state != "done":

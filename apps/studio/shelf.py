@@ -72,8 +72,8 @@ class Shelf:
     def get(self, key: str) -> Adapter:
         """By number or name. Raises `InputError` with those that there are."""
         found = self.adapters()
-        for each in found:
-            if key in (str(each.id), each.name):
+        for match in (lambda each: str(each.id) == key, lambda each: each.name == key):
+            if each := next(filter(match, found), None):
                 return each
         raise InputError(f"there is no adapter {key!r}; there are {', '.join(each.name for each in found) or 'none'}")
 
@@ -84,8 +84,9 @@ class Shelf:
             file = self.jobs.folder(job) / RUN / "adapter.safetensors"
             if settings is None or not file.is_file():
                 continue
-            name = _slug(job.title) or f"adapter-{job.id}"
-            name = f"{name}-{job.id}" if name in names else name
+            name = _slug(job.title)
+            while not name or name in (*names, "none") or name.isdigit():  # "none" and numbers mean something else
+                name = f"{name or 'adapter'}-{job.id}"
             names.add(name)
             words = str(settings.get("prompt") or "")
             yield Adapter(job.id, name, job.title, self._model(job, settings), words, file, file.stat().st_size)

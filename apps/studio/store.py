@@ -82,11 +82,15 @@ class Store:
 
     def get(self, number: int) -> Job:
         """Raises `InputError` where there is no such job."""
+        job = self.find(number)
+        if job is None:
+            raise InputError(f"there is no job {number}; it may have been deleted")
+        return job
+
+    def find(self, number: int) -> Job | None:
         with self._open() as db:
             row = db.execute(f"select {COLUMNS} from jobs where id = ?", (number,)).fetchone()
-        if row is None:
-            raise InputError(f"there is no job {number}; it may have been deleted")
-        return Job(*row)
+        return Job(*row) if row else None
 
     def all(self) -> list[Job]:
         """The oldest first, which is the order of the queue."""

@@ -91,11 +91,11 @@ class Teach:
     def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         shown = [self.set, self.told, self.preview, self.captions, self.save]
-        on(self.files.upload, self.take, [self.files], [*shown, self.files])
+        on(self.files.upload, self.take, [self.files], [*shown, self.files], heavy=True)
         on(self.example.click, self.use_example, [], shown)
         on(self.save.click, self.write_captions, [self.set, self.captions], [self.told])
         on(self.preset.change, lambda name: PRESETS[name]["steps"], [self.preset], [self.steps], quiet=True)
-        fields = [self.set, self.preset, self.prompt, self.word, self.steps, self.model, self.title]
+        fields = [self.set, self.captions, self.preset, self.prompt, self.word, self.steps, self.model, self.title]
         fields += [self.encoder, self.flip, self.rest, *self.numbers]
         self.watch.tie(timer, page)
         on(self.start.click, self.begin, fields, self.watch.outputs())
@@ -122,12 +122,14 @@ class Teach:
         return "The captions are saved."
 
     def begin(
-        self, photos: str, preset: str, prompt: str, word: str, steps: int, model: str, title: str,
+        self, photos: str, captions: list[list[str]], preset: str, prompt: str, word: str, steps: int, model: str, title: str,
         encoder: bool, flip: bool, rest: str, *numbers: str,
     ) -> list[Any]:  # fmt: skip
         """Starts the training, and follows it."""
         if not photos:
             raise InputError("there are no photos yet; upload some, or use the example")
+        if photos != EXAMPLE:
+            self.write_captions(photos, captions)
         given: dict[str, Any] = {"steps": steps, "train_text_encoder": encoder or None, "flip": flip or None}
         given |= read_rest(rest)
         written = ((name, number_in(NUMBERS[name], text)) for name, text in zip(NUMBERS, numbers, strict=True))
@@ -140,6 +142,8 @@ class Teach:
 def read_rest(text: str) -> dict[str, Any]:
     """Settings as `name: value`, one a line. Raises `InputError` for anything else."""
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):  # a few of them fill the memory
+            raise InputError("the other settings have an alias (*); write each value out")
         given = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise InputError(f"the other settings cannot be read: {error}; write name: value, one a line") from error

@@ -157,7 +157,7 @@ class Watch:
         return act
 
     def _extend(self, number: int | None, length: float, seen: Seen) -> list[Any]:
-        self.studio.extend(self._job(number).id, int(length))
+        self.studio.extend(self._job(number).id, int(length or 0))
         return self.show(number, seen)
 
     def _sample(self, number: int | None) -> None:

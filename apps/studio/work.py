@@ -20,13 +20,12 @@ from typing import Any
 from vismodal import cli
 from vismodal.data.subject import PROMPT
 from vismodal.errors import InputError
-from vismodal.files import write_file
 from vismodal.formats.bases import NAMES
 
 from . import progress
 from .intake import CALLED, Intake, Limits
 from .jobs import RUN, SETTINGS, Jobs
-from .shelf import MADE_ON, Shelf
+from .shelf import MADE_ON, Adapter, Shelf
 from .store import Job
 
 ASKED = "sample-now"  # the file in a run's folder that asks for samples
@@ -34,10 +33,11 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # of a grid
 EXAMPLE = "example"  # the photos of the embedded subject
 EMBEDDED, TINY_VIT = "tiny-sd", "tiny-vit"
 DAY = 86_400
+MOST = 256  # pictures of a drawing
 PRESETS: dict[str, dict[str, Any]] = {
-    "subject, fast": {"steps": 600},
-    "subject, careful": {"steps": 1000, "rank": 16, "prior": 1.0},
-    "style": {"steps": 1000, "rank": 16, "flip": True, "sites": ["+conv"]},
+    "subject, fast": {"steps": 600, "keep": 6},
+    "subject, careful": {"steps": 1000, "rank": 16, "prior": 1.0, "keep": 6},
+    "style": {"steps": 1000, "rank": 16, "flip": True, "sites": ["+conv"], "keep": 6},
 }
 # settings that name files without saying so by their type, or that are the server's to choose
 OURS = {"model", "weights", "adapters", "conditions", "resume", "track", "json", "subjects"}
@@ -108,9 +108,9 @@ class Studio:
         return self.jobs.store.get(number)
 
     def checkpoints(self, job: Job) -> list[Path]:
-        """What a training of pictures has kept on its way, the earliest first."""
+        """What a training of pictures that is done has kept on its way, the earliest first."""
         folder = self.jobs.folder(job) / RUN / "checkpoints"
-        return sorted(folder.glob("step-*.safetensors")) if job.kind == "dreambooth" else []
+        return sorted(folder.glob("step-*.safetensors")) if job.kind == "dreambooth" and job.state == "done" else []
 
     def sample(self, number: int) -> Job:
         """Asks a training for samples after the step that it makes."""
@@ -126,7 +126,7 @@ class Studio:
         job = self.jobs.store.get(number)
         kept = self.checkpoints(job)
         if not kept:
-            raise InputError(f"job {number} has kept no checkpoints yet; wait for the first one")
+            raise InputError(f"job {number} has no checkpoints to show; wait for its end")
         trained = progress.settings(self.jobs.folder(job))
         adapters = [f"{path.stem}={path}" for path in kept]
         given = {"prompts": trained["sample_prompts"], "adapters": adapters, "model": trained["model"]}
@@ -154,15 +154,22 @@ class Studio:
         prompts = [text.strip() for text in prompts if text.strip()]
         if not prompts:
             raise InputError('there is no prompt; write what to draw, such as "a photo of sks dog on the beach"')
-        chosen = {self.shelf.get(str(key)): float(strength) for key, strength in adapters}
+        chosen = self._weighted(adapters)
         named = {name for text in prompts for name in re.findall(r"<lora:([^:<>]*)", text)}
-        tagged = [each for each in self.shelf.adapters() if each.name in named]
-        used = {each: chosen.get(each, 1.0) for each in (*chosen, *tagged)}
+        if sweep and named:
+            raise InputError("a grid is of the adapters that are chosen; take the tags out of the prompts")
+        if len(prompts) * int(count) * max(1, len(sweep) * len(chosen)) > MOST:
+            raise InputError(f"these are more than {MOST} pictures; draw fewer at a time")
+        used = {**chosen, **{each: 1.0 for each in self.shelf.adapters() if each.name in named and each not in chosen}}
         base = self._base(model, [each.model for each in used])
-        if tagged and not chosen:  # a prompt without tags is drawn by none
-            prompts = [text if "<lora:" in text else f"{text} <lora:none>" for text in prompts]
+        if named:  # then each prompt says by what it is drawn
+            tags = "".join(f" <lora:{each.name}:{strength:g}>" for each, strength in chosen.items()) or " <lora:none>"
+            bare = [text for text in prompts if "<lora:" not in text]
+            prompts = [text if "<lora:" in text else text + tags for text in prompts]
+        else:
+            bare = prompts
         if compare and not sweep:
-            prompts = [*prompts, *(f"{text} <lora:none>" for text in prompts if "<lora:" not in text)]
+            prompts = [*prompts, *(f"{text} <lora:none>" for text in bare)]
         given = {
             **self._allowed("generate", settings or {}),
             "prompts": prompts,
@@ -185,23 +192,25 @@ class Studio:
 
     def export(self, key: str, to: str) -> Job:
         """Writes an adapter as a file of diffusers or kohya."""
-        each = self.shelf.get(key)
         if to not in ("diffusers", "kohya"):
             raise InputError(f"there is no format {to!r}; choose diffusers or kohya")
+        each = self.shelf.get(key)
         given = {"files": [str(each.file)], "to": to, "base": each.model or EMBEDDED}
         return self._submit("convert", f"{each.name} for {to}", given)
 
     def merge(self, adapters: Sequence[Sequence[Any]], title: str = "") -> Job:
         """The weighted sum of adapters, (id, weight) each, as one."""
-        chosen = [(self.shelf.get(str(key)), float(weight)) for key, weight in adapters]
+        chosen = self._weighted(adapters)
         if len(chosen) < 2:
             raise InputError("choose two adapters or more to merge")
-        if len({each.model for each, _ in chosen}) > 1:
+        if len({each.model for each in chosen}) > 1:
             raise InputError("these adapters were made on different models; merge those of one")
-        given = {"adapters": [str(each.file) for each, _ in chosen], "weights": [weight for _, weight in chosen]}
-        job = self._submit("merge", title or " + ".join(each.name for each, _ in chosen), given)
-        write_file(self.jobs.folder(job) / MADE_ON, json.dumps(chosen[0][0].model))  # which may be deleted
-        return job
+        made_on = next(iter(chosen)).model
+        given = {"adapters": [str(each.file) for each in chosen], "weights": list(chosen.values())}
+        if made_on not in NAMES:
+            given["model"] = made_on or EMBEDDED
+        title = title or " + ".join(each.name for each in chosen)
+        return self._submit("merge", title, given, {MADE_ON: json.dumps(made_on)})
 
     # -- recognise ---------------------------------------------------------------------------------------------------
 
@@ -243,6 +252,13 @@ class Studio:
 
     # -- small parts -------------------------------------------------------------------------------------------------
 
+    def _weighted(self, adapters: Sequence[Sequence[Any]]) -> dict[Adapter, float]:
+        """Adapters with a number each, from pairs of an id and a number. Raises `InputError` for anything else."""
+        try:
+            return {self.shelf.get(str(key)): float(number) for key, number in adapters}
+        except (TypeError, ValueError):
+            raise InputError(f"adapters are pairs of an id and a number, as in [[1, 0.8]], not {adapters!r}") from None
+
     def _model(self, name: str) -> str | None:
         if name not in self.models:
             raise InputError(f"there is no model {name!r}; choose one of {', '.join(self.models)}")
@@ -267,7 +283,9 @@ class Studio:
             raise InputError(f"there is no setting {strange[0]!r} here; there are {', '.join(sorted(known))}")
         return {name: value for name, value in settings.items() if value is not None}
 
-    def _submit(self, kind: str, title: str, settings: Mapping[str, Any]) -> Job:
+    def _submit(
+        self, kind: str, title: str, settings: Mapping[str, Any], beside: Mapping[str, str] | None = None
+    ) -> Job:
         """A job, if the command would take its settings. Raises `InputError` as the command line does."""
         self.intake.check_space()
         draft = self.home / "drafts" / secrets.token_hex(8)
@@ -281,7 +299,7 @@ class Studio:
                 checked(config)  # type: ignore[type-var]
         finally:
             shutil.rmtree(draft)
-        return self.jobs.submit(kind, title, settings)
+        return self.jobs.submit(kind, title, settings, beside)
 
 
 def open_to_all(kind: str) -> set[str]:

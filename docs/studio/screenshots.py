@@ -31,6 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home, browser() as chromium, studio(Path(home) / "studio") as address:
         page = opened(chromium, address)
         page.press("Use the example: six drawings of a robot")
+        page.page.get_by_text("The six drawings of a robot that come").wait_for()
         page.fill({"Name": "robot"})
         page.press("Start")
         page.until(r"training · step [3]\d\d of 600", 600)
