@@ -25,9 +25,9 @@ from .work import DAY, Studio
 
 
 class Tab(Protocol):
-    """What builds itself inside a page, and is then tied to its events."""
+    """What builds itself inside a page, and is then tied to its events: the timer's, the page's and its own tab's."""
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None: ...
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None: ...
 
 
 EVERY = 2.0  # seconds from one look at the disk to the next
@@ -50,7 +50,7 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
         with gr.Tabs(overflow_behavior="wrap"):
             for name, kind in TABS.items():
                 with gr.Tab(name) as tab:
-                    kind(studio, served).tie(timers[name], blocks)
+                    kind(studio, served).tie(timers[name], blocks, tab)
                 look(blocks, tab, name, timers)
         Endpoints(studio, served).tie()
     quicken(blocks)

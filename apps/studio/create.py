@@ -77,7 +77,7 @@ class Create:
             self.draw = gr.Button("Draw", variant="primary")
             self.sweep = gr.Button("Grid of strengths by seeds")
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         shown = [self.job, self.status, self.slider, self.gallery, self.sheet, self.seen]
         fields = [self.prompt, self.adapters, self.seed, self.count, self.compare, self.negative, self.model]
@@ -114,8 +114,8 @@ class Create:
     ) -> list[Any]:  # fmt: skip
         if sweep and not chosen:
             raise InputError("the grid tries the strengths of adapters; choose one or more")
-        given = {"steps": number_in("Steps", steps), "guidance": number_in("Guidance", guidance)}
-        given |= {"negative": negative or None}
+        given: dict[str, Any] = {"steps": number_in("Steps", steps), "guidance": number_in("Guidance", guidance)}
+        given["negative"] = negative or None
         worn, start = list(zip(chosen, strengths, strict=False)), number_in("Seed", seed)
         if isinstance(start, float):
             raise InputError(f"Seed is {seed}; write a whole number, or nothing")

@@ -35,7 +35,7 @@ class JobsTab:
         self.seen = gr.State("")
         self.log = gr.Textbox(label="What it says", lines=10, max_lines=10, elem_classes="log", interactive=False)
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         shown, given = [self.table, self.job, self.log, self.seen], [self.job, self.seen]
         on(page.load, lambda: self.show(None), [], shown, quiet=True)

@@ -65,11 +65,12 @@ class Library:
             self.sure = gr.Checkbox(False, label="Yes, with its training and samples", min_width=160)
             self.delete = gr.Button("Delete this adapter", size="sm", variant="stop", min_width=120, elem_classes="low")
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         choices = [self.adapter, self.several]
         shown = [self.facts, self.preview, self.card]
         on(page.load, self.refresh, [self.adapter], choices, quiet=True)
+        on(tab.select, self.refresh, [self.adapter], choices, quiet=True)
         for one in choices:
             on(one.focus, self.refresh, [self.adapter], choices, quiet=True)
         on(self.adapter.change, self.show, [self.adapter], shown, quiet=True)

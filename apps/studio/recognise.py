@@ -44,7 +44,7 @@ class Recognise:
                 self.fetch = gr.Button("Download report and adapter", size="sm")
                 self.made = gr.File(label="Report and adapter", interactive=False, visible=False)
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         self.watch.tie(timer, page)
         on(self.files.upload, self.take, [self.files], [self.set, self.told, self.files])

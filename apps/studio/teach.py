@@ -88,7 +88,7 @@ class Teach:
             )
         self.start = gr.Button("Start", variant="primary")
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         shown = [self.set, self.told, self.preview, self.captions, self.save]
         on(self.files.upload, self.take, [self.files], [*shown, self.files])

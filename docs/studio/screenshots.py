@@ -39,7 +39,8 @@ def main() -> None:
 
         page.tab("Create")
         page.choose("Adapters", "robot")
-        page.fill({"Prompts, one a line": "a drawing of sks robot on a green background", "Seed": 1})
+        page.page.get_by_label("Prompts, one a line").fill("a drawing of sks robot on a green background")
+        page.fill({"Seed": 1})
         page.press("Draw")
         page.until("Done in", 300)
         take(page, "create")
