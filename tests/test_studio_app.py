@@ -268,7 +268,7 @@ def test_the_page_answers_every_event_of_its_own(up):
             result = asyncio.run(blocks.process_api(function, values, state=None))
             assert len(result["data"]) == len(function.outputs)
     timers = [block.active for block in blocks.blocks.values() if block.get_block_name() == "timer"]
-    assert timers == [True, False, False, False, False] and names["select"] == names["tick"] + 5  # the tab in view asks
+    assert timers == [True, False, False, False, False] and names["select"] >= names["tick"] + 5  # the tab in view asks
     assert names["load"] >= 4 and names["tick"] >= 5 and names["click"] >= 15
     assert not [
         f.api_name for f in blocks.fns.values() if f.api_visibility == "public" and not isinstance(f.api_name, str)
