@@ -138,7 +138,8 @@ def test_every_endpoint_and_nothing_else_is_offered(up, tmp_path):
     done = finished(up, job)
     assert (done["state"], done["step"], done["total"]) == ("done", 4, 4)
     given = up.studio.jobs.settings(up.studio.jobs.store.get(job["id"]))
-    assert given["photos"] == str(up.studio.intake.folder(photos["id"])) and given["rank"] == 2
+    assert given["photos"] == str(up.studio.jobs.folder(up.studio.jobs.store.get(job["id"])) / "given")
+    assert given["rank"] == 2
     assert call("loss", job["id"]) == [[1, 1.0], [2, 0.5], [3, 1 / 3], [4, 0.25]]
     shown = call("samples", job["id"])
     assert [step for step, _ in shown] == [0, 4] and Image.open(shown[1][1]).size == (32, 16)
@@ -163,7 +164,7 @@ def test_every_endpoint_and_nothing_else_is_offered(up, tmp_path):
     drawn = finished(up, call("draw", ["sks dog", "x <lora:second:0.5>"], [["my-dog", 0.8]], 7, 1, True))
     found = call("pictures", drawn["id"])
     assert [(p["prompt"], len(p["adapters"])) for p in found] == [
-        ("sks dog", 2),
+        ("sks dog <lora:my-dog:0.8>", 2),  # the stand-in puts every adapter on; the tags are what counts
         ("x <lora:second:0.5>", 2),
         ("sks dog", 0),
     ]
@@ -212,6 +213,42 @@ def test_settings_from_outside_name_no_files():
         assert "output" not in work.open_to_all(kind)
 
 
+def test_what_no_page_of_ours_asks_for_is_refused_at_the_door(up):
+    for path in ("file=http://example.com/x.png", "file/http://example.com/x", "file=HTTPS%3A//x", "proxy=http://x"):
+        assert httpx.get(f"{up.address}gradio_api/{path}").status_code == 403, path
+    strange, ours = "http://evil.example", up.address.rstrip("/")
+    post = {"url": f"{up.address}gradio_api/upload", "files": [("files", ("a.png", png()))]}
+    for origin in (strange, "http://127.0.0.1:1", "null"):
+        assert httpx.post(**post, headers={"Origin": origin}).status_code == 403
+        assert httpx.get(up.address, headers={"Origin": origin}).status_code == 403
+    assert httpx.post(**post, headers={"Origin": ours}).status_code == 200
+    assert httpx.post(post["url"], content=iter([b"x"])).status_code == 411
+    doors = load_app("studio.guard").Doors
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": [(b"content-length", b"100")]}
+    for most, full, status in ((100, False, None), (99, False, 413), (100, True, 413)):
+        found = doors(None, most, lambda full=full: full)._refused(scope)
+        assert (found and found[0]) == status
+
+
+def test_names_of_adapters_are_their_own_and_numbers_come_first(tmp_path):
+    work = load_app("studio.work")
+    studio = work.Studio(tmp_path)
+    for title in ("2", "dog", "dog-4", "dog", "none", "../"):
+        job = studio.jobs.submit("dreambooth", title, {"prompt": "x"})
+        (studio.jobs.folder(job) / "run").mkdir()
+        (studio.jobs.folder(job) / "run" / "adapter.safetensors").write_bytes(b"x")
+    names = [each.name for each in studio.shelf.adapters()]
+    assert names == ["2-1", "dog", "dog-4", "dog-4-4", "none-5", "adapter-6"]
+    assert studio.shelf.get("2").name == "dog" and studio.shelf.get("dog-4").id == 3
+
+
+def test_settings_with_aliases_are_refused():
+    read = load_app("studio.teach").read_rest
+    assert read("sites: [+ff]\nrank: 4") == {"sites": ["+ff"], "rank": 4}
+    with pytest.raises(InputError, match="alias"):
+        read("a: &a [x, x]\nb: [*a, *a]")
+
+
 def refused(up, name: str, *arguments: object, **named: object) -> str:
     with pytest.raises(Exception) as caught:
         up.client.predict(*arguments, **named, api_name=f"/{name}")
@@ -238,7 +275,10 @@ def test_what_is_refused_and_that_no_path_comes_in(up):
     assert "there is no adapter 'x'" in refused(up, "draw", ["sks"], [["x", 1]])
     assert "no prompt" in refused(up, "draw", [" "])
     assert "there is no format" in refused(up, "export", "my-dog", "../x")
-    assert "two adapters or more" in refused(up, "merge", [["my-dog", 1]])
+    assert "two adapters or more" in refused(up, "merge", [])
+    assert "pairs of an id and a number" in refused(up, "merge", [["x"]])
+    assert "more than 256 pictures" in refused(up, "draw", ["sks"], count=257)
+    assert "take the tags out" in refused(up, "draw", ["<lora:x>"], sweep=[0, 1])
     (up.studio.home / "cache" / "a.safetensors").write_bytes(b"x")
     assert "there is no model ''" in refused(up, "bring", {"path": f"{up.home}/cache/a.safetensors"}, "")
     assert "pickles are never read" in refused(up, "bring", {"path": f"{up.home}/cache/a.safetensors"}, "sd1")
@@ -298,6 +338,9 @@ def test_a_merge_knows_its_model_without_its_parts(tmp_path):
     merged = studio.merge([["a", 1], ["b", 0.5]])
     (studio.jobs.folder(merged) / "run").mkdir()
     (studio.jobs.folder(merged) / "run/adapter.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="needs what job 1 made"):
+        studio.jobs.delete(parts[0])
+    studio.jobs.store.move(merged, ("queued",), "done")
     for job in parts:
         studio.jobs.delete(job)
     (left,) = studio.shelf.adapters()
@@ -354,12 +397,11 @@ def test_a_visitor_goes_through_all_tabs(up):
     _, told, squares, table, _, emptied = visitor.press("Teach.take", photos=photos)
     assert "1 pictures taken" in told and "**1 left out:**" in told and emptied is None
     assert len(squares["value"]) == 1 and table["value"]["data"][0][1] == "a.png"
-    visitor.press(
-        "Teach.write_captions", captions={"headers": ["", "", ""], "data": [["0001.png", "a.png", "sks runs"]]}
-    )
+    captions = {"headers": ["", "", ""], "data": [["0001.png", "a.png", "sks runs"]]}
     job, *_ = visitor.press(
-        "Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank="3", seed=" 2", other="sites: [+ff]"
-    )
+        "Teach.begin", what="a photo of sks dog", name="visit", steps=5, rank="3", seed=" 2", other="sites: [+ff]",
+        captions=captions,
+    )  # fmt: skip
     number = job["value"]
     settled(up)
     given = up.studio.jobs.settings(up.studio.jobs.store.get(number))
@@ -376,7 +418,7 @@ def test_a_visitor_goes_through_all_tabs(up):
     with pytest.raises(Exception, match="one a line"):
         visitor.press("Teach.begin", other="no settings")
     key = str(number)
-    sliders = visitor.press("Create.label", adapters=[key])
+    _, *sliders = visitor.press("Create.label", adapters=[key])
     assert [slider["visible"] for slider in sliders] == [True, False, False, False]
     visitor.press("Create.begin", prompts="sks one\nsks two", adapters=[key], seed="5")
     settled(up)
@@ -430,8 +472,9 @@ def test_uploads_that_nobody_uses_go_after_a_day(tmp_path):
     for name in (used, old):
         os.utime(studio.intake.sets / name, (0, 0))
     work.Studio(tmp_path)
-    assert {path.name for path in studio.intake.sets.iterdir()} == {used, new}
+    assert {path.name for path in studio.intake.sets.iterdir()} == {new}
     assert studio.jobs.store.get(job.id).state == "queued"
+    assert (Path(studio.jobs.settings(job)["photos"]) / "0001.png").is_file()  # a job has its own
 
 
 # -- log-in --------------------------------------------------------------------------------------------------------

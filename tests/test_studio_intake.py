@@ -106,6 +106,7 @@ HOSTILE = {
     "big.png": (picture() + b"\0" * 200_000, "more than 0.0954 MiB"),
     "lonely.txt": ("a caption", "belongs to no picture"),
     "a\nb\x1b[2J.png": (b"x", "its content is no jpg"),
+    "text-50-mb.png": ("text " * 10_000_000, "more than 0.0954 MiB"),
 }
 
 
@@ -159,7 +160,8 @@ def test_damaged_files_never_bring_it_down(intake, tmp_path):
                 assert photo.image.mode == "RGB"
         except InputError as error:
             assert "no usable picture" in str(error)
-    inside = [path for path in tmp_path.rglob("*") if path.parent not in (tmp_path, folder)]
+    ours = (folder, tmp_path / "z.zip")
+    inside = [path for path in tmp_path.rglob("*") if path not in ours and path.parent != folder]
     assert all(path.is_relative_to(intake.home) for path in inside)
 
 
@@ -204,6 +206,13 @@ def test_caps_refuse_the_whole_upload_and_lies_about_sizes_do_not_help(intake, t
     with pytest.raises(InputError, match="delete some jobs"):
         intake.pictures([many])
     assert list(intake.sets.iterdir()) == []
+
+
+def test_a_zip_of_very_many_names_is_refused_before_it_is_read(intake, tmp_path):
+    intake.limits = replace(intake.limits, count=10)
+    path = zipped(tmp_path / "many.zip", {f"{'x' * 200}{i}.txt": "" for i in range(100)})
+    with pytest.raises(InputError, match="more than 10 files"):
+        intake.pictures([path])
 
 
 def test_classes_come_from_the_folders_of_a_zip(intake, tmp_path):

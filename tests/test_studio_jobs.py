@@ -41,6 +41,8 @@ for step in range(saved + 1, int(given["steps"]) + 1):
     time.sleep(float(given.get("pause", 0)))
     with log.open("a") as file:
         file.write(json.dumps({"step": step, "seconds": step * 0.5, "loss": 1 / step}) + "\\n")
+    if step % int(given.get("every", 10**9)) == 0:
+        (run / "part").write_text(str(step)); os.replace(run / "part", run / "saved")
     if stop:
         (run / "saved").write_text(str(step)); Path("exit").write_text("0"); sys.exit(0)
 if given.get("end") == "error":
@@ -194,31 +196,85 @@ def test_kills_at_any_moment_lose_no_job_and_no_step(jobs, tmp_path):
     """The web process each time, the trainer every other time; `make stress` does it 20 times."""
     rounds = int(os.environ.get("VISMODAL_STRESS_KILLS", "2"))
     dice = random.Random(rounds)
-    job = jobs.submit("dreambooth", "long", {"steps": 60, "pause": 0.02})
+    job = jobs.submit("dreambooth", "long", {"steps": 10**6, "pause": 0.01, "every": 7})
     rest = [jobs.submit("generate", f"{i}", {"steps": 3}) for i in range(rounds)]
     code = WEB.format(root=str(Path(__file__).parents[1]), home=str(jobs.home), script=str(tmp_path / "stand_in.py"))
+    killed = 0
     for number in range(rounds):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as web:
             assert web.stdout is not None and web.stdout.readline() == "up\n"
+            deadline = time.monotonic() + 30
+            while not alive(jobs.folder(job)) or not (jobs.folder(job) / "pid").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             time.sleep(dice.random() * 0.6)
             if number % 2:
-                jobs._signal(job, signal.SIGKILL)
+                killed += jobs._signal(job, signal.SIGKILL)
             web.kill()
         for old in jobs.store.all():
             if old.state in ("failed", "stopped"):
                 jobs.resume(old)
+    assert killed == rounds // 2
     again = Jobs(jobs.home, command=jobs.command)
 
-    def over() -> bool:
+    def settled(*states: str) -> bool:
         for each in again.store.all():
-            if each.state in ("failed", "stopped"):
+            if each.state == "failed":
                 again.resume(each)
-        return all(each.state == "done" for each in again.store.all())
+        return {each.state for each in again.store.all()} <= set(states)
 
-    until(again, over, 60)
+    until(again, lambda: settled("running", "done"), 60)
+    again.stop(job)
+    until(again, lambda: settled("stopped", "done"), 60)
+    length = len(steps(again, job)) + 20
+    again.extend(job, length)
+    until(again, lambda: settled("done"), 60)
     assert [each.id for each in again.store.all()] == [job.id, *(each.id for each in rest)]
-    assert steps(again, job) == list(range(1, 61))
+    assert steps(again, job) == list(range(1, length + 1))
     end(again)
+
+
+def test_what_was_stopped_at_its_last_step_is_not_done(jobs):
+    """A training that is stopped while it draws its last samples has made all steps, and has no adapter, or an old."""
+    job = jobs.submit("dreambooth", "dog", {"steps": 3})
+    until(jobs, lambda: state(jobs, job) == "done")
+    run = jobs.folder(job) / "run"
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-0000003.safetensors").write_bytes(b"x")  # newer than the adapter
+    assert not progress_module.complete(jobs.folder(job))
+    (run / "adapter.safetensors").write_bytes(b"y")
+    assert progress_module.complete(jobs.folder(job))
+    (run / "adapter.safetensors").unlink()
+    assert not progress_module.complete(jobs.folder(job))
+
+
+def test_a_job_owns_its_pictures_and_what_others_need_stays(jobs, tmp_path):
+    photos = tmp_path / "set"
+    photos.mkdir()
+    (photos / "1.txt").write_text("before")
+    job = jobs.submit("dreambooth", "dog", {"steps": 1, "photos": str(photos)})
+    part = photos / "part"
+    part.write_text("after")
+    part.replace(photos / "1.txt")  # as captions are written
+    given = Path(jobs.settings(job)["photos"])
+    assert given.is_relative_to(jobs.folder(job)) and (given / "1.txt").read_text() == "before"
+    until(jobs, lambda: state(jobs, job) == "done")
+    with pytest.raises(InputError, match="has made 1 steps already"):
+        jobs.extend(job, 0)
+    adapter = str(jobs.folder(job) / "run/adapter.safetensors")
+    user = jobs.submit("generate", "needs it", {"steps": 1, "adapters": adapter})
+    with pytest.raises(InputError, match="needs it, needs what job"):
+        jobs.delete(job)
+    until(jobs, lambda: state(jobs, user) == "done")
+    jobs.delete(job)
+    assert not jobs.folder(job).exists()
+
+
+def test_no_job_begins_where_the_studio_has_no_room_left(tmp_path, command):
+    jobs = Jobs(tmp_path / "home", total=10, command=command)
+    job = jobs.submit("dreambooth", "late", {"steps": 1})
+    jobs.tick()
+    assert (state(jobs, job), "delete some jobs" in jobs.store.get(job.id).error) == ("failed", True)
 
 
 def test_a_restart_settles_the_dead_and_clears_what_was_cut_off(jobs):

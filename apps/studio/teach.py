@@ -122,8 +122,8 @@ class Teach:
         return "The captions are saved."
 
     def begin(
-        self, photos: str, captions: list[list[str]], preset: str, prompt: str, word: str, steps: int, model: str, title: str,
-        encoder: bool, flip: bool, rest: str, *numbers: str,
+        self, photos: str, captions: list[list[str]], preset: str, prompt: str, word: str, steps: int, model: str,
+        title: str, encoder: bool, flip: bool, rest: str, *numbers: str,
     ) -> list[Any]:  # fmt: skip
         """Starts the training, and follows it."""
         if not photos:

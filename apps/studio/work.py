@@ -255,9 +255,10 @@ class Studio:
     def _weighted(self, adapters: Sequence[Sequence[Any]]) -> dict[Adapter, float]:
         """Adapters with a number each, from pairs of an id and a number. Raises `InputError` for anything else."""
         try:
-            return {self.shelf.get(str(key)): float(number) for key, number in adapters}
+            pairs = [(str(key), float(number)) for key, number in adapters]
         except (TypeError, ValueError):
             raise InputError(f"adapters are pairs of an id and a number, as in [[1, 0.8]], not {adapters!r}") from None
+        return {self.shelf.get(key): number for key, number in pairs}
 
     def _model(self, name: str) -> str | None:
         if name not in self.models:
