@@ -106,7 +106,7 @@ HOSTILE = {
     "big.png": (picture() + b"\0" * 200_000, "more than 0.0954 MiB"),
     "lonely.txt": ("a caption", "belongs to no picture"),
     "a\nb\x1b[2J.png": (b"x", "its content is no jpg"),
-    "text-50-mb.png": ("text " * 10_000_000, "more than 0.0954 MiB"),
+    "fifty-mb.png": ("text " * 10_000_000, "more than 0.0954 MiB"),
 }
 
 

@@ -64,8 +64,9 @@ class JobsTab:
         table = rows if now[0] != seen[0] else gr.skip()
         listed = gr.skip()
         if now[1] != seen[1]:  # the choice itself is sent only where it has gone: somebody may just be choosing
-            gone = chosen is None or chosen.id != number
-            listed = gr.update(choices=choices, **({"value": chosen.id if chosen else None} if gone else {}))
+            stays = chosen is not None and chosen.id == number
+            value: dict[str, Any] = {} if stays else {"value": chosen.id if chosen else None}
+            listed = gr.update(choices=choices, **value)
         return [table, listed, tail(self.studio.jobs.folder(chosen)) if chosen else "", now]
 
     def _act(self, action: Any) -> Any:
