@@ -73,7 +73,8 @@ class Config:
         seed: of everything random.
         mixed_precision: precision of the frozen model and of the computation; fp16 needs a GPU.
         gradient_checkpointing: less memory for more time.
-        sample_every: draw samples before, after, and every so many steps; 0 before and after only.
+        sample_every: draw samples before, after, and every so many steps; 0 before and after only. A file `sample-now`
+            in the output folder asks for more at once.
         sample_count: samples for each picture that is held out, with seeds that stay the same.
         sample_steps: denoising steps of samples; 25, or 20 with the embedded model.
         guidance: classifier-free guidance of samples; as usual with the kind of model, or 4 with the embedded one.
@@ -179,6 +180,7 @@ def run(config: Config) -> Result:
             runs.save_config(config, output)
             sample(0)
     accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(learnt)} pictures, into {output}")
+    drawing = Every(config.sample_every, sample, output / "sample-now")
     outcome = fit(
         loss_of(config, pipe, adapter, control, learnt),
         adapter,
@@ -187,7 +189,7 @@ def run(config: Config) -> Result:
         accelerator=accelerator,
         checkpoints=checkpoints,
         log=output / "metrics.jsonl",
-        callbacks=watchers(accelerator, config.track, "control", same, Every(config.sample_every, sample)),
+        callbacks=watchers(accelerator, config.track, "control", same, drawing),
     )
     if outcome.stopped:
         accelerator.print(f"stopped after step {outcome.step}; go on with: {runs.resume_command('control', output)}")

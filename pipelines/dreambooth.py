@@ -88,7 +88,7 @@ def run(config: Config) -> Result:
         runs.save_config(config, output)
     accelerator.print(f"training {adapter.num_parameters:,} parameters on {len(adapter.modules)} sites, into {output}")
     ema = Ema(adapter, config.ema) if config.ema else None
-    drawing = Every(config.sample_every, wearing(ema, sample))
+    drawing = Every(config.sample_every, wearing(ema, sample), output / "sample-now")
     outcome = fit(
         loss_of(config, pipe, adapter, subjects, classes),
         adapter,

@@ -62,7 +62,8 @@ class Config:
         adapters: files of vismodal, diffusers, kohya or LyCORIS, folders of runs, or checkpoints of a run; NAME=FILE
             gives one a name for tags.
         strengths: how strongly they act, one for each or one for all: 0 is the base, 1 the adapter.
-        sweep: strengths to try instead: a sheet for each prompt and seed, with a row for each adapter, acting alone.
+        sweep: strengths to try instead: a sheet for each prompt, with a row for each seed; with several adapters, each
+            acting alone, a sheet for each prompt and seed, with a row for each of them.
         seeds: of the pictures of each prompt; from one seed on, `count` of them. Without it, drawn, and printed.
         count: pictures of each prompt.
         conditions: pictures that steer the adapters of vismodal control: FILE for all of them, or NAME=FILE for each.
@@ -264,19 +265,22 @@ def by_seed(config: Config, requests: Sequence[Request], images: Sequence[Image.
 def swept(
     config: Config, names: Sequence[str], requests: Sequence[Request], images: Sequence[Image.Image]
 ) -> list[Image.Image]:
-    """For each prompt and seed a row for each adapter, a column for each strength."""
+    """A column for each strength; rows are the seeds of one adapter, or else the adapters for each seed."""
     found = {
         (request.prompt, request.seed, *request.uses[0]): image for request, image in zip(requests, images, strict=True)
     }
     prompts = dict.fromkeys(request.prompt for request in requests)
     columns = [f"strength {strength:g}" for strength in config.sweep]
+
+    def sheet(prompt: str, rows: Mapping[str, tuple[int, str]], title: str) -> Image.Image:
+        cells = [[found[prompt, *row, strength] for strength in config.sweep] for row in rows.values()]
+        return xy_sheet(cells, list(rows), columns, title)
+
+    if len(names) == 1:
+        seeds = {f"seed {seed}": (seed, names[0]) for seed in config.seeds}
+        return [sheet(prompt, seeds, f"{prompt}, {names[0]}") for prompt in prompts]
     return [
-        xy_sheet(
-            [[found[prompt, seed, name, strength] for strength in config.sweep] for name in names],
-            names,
-            columns,
-            f"{prompt}, seed {seed}",
-        )
+        sheet(prompt, {name: (seed, name) for name in names}, f"{prompt}, seed {seed}")
         for prompt in prompts
         for seed in config.seeds
     ]

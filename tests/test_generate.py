@@ -364,6 +364,18 @@ def test_a_sweep_has_a_sheet_for_each_prompt_and_seed(config: Config) -> None:
     assert [len(found) for found in places] == [1, 0]
 
 
+def test_a_sweep_of_one_adapter_is_a_grid_of_seeds_by_strengths(config: Config) -> None:
+    result = main(replace(config, adapters=config.adapters[:1], seeds=(7, 8), sweep=(0.0, 1.0)))
+    assert [path.name for path in result.sheets] == ["sheet.png"]
+    sheet = pixels(result.sheets[0])
+    rows = sheet[-268:-140], sheet[-136:-8]  # of 128 pixels, 4 between them: pictures eight times as large
+    for i, path in enumerate(result.pictures):
+        cell = pixels(path).repeat(8, 0).repeat(8, 1)
+        seed = stored.read_settings(path).seed
+        found = [[x for x in range(row.shape[1] - 127) if np.array_equal(row[:, x : x + 128], cell)] for row in rows]
+        assert len(found[seed - 7]) == 1, (i, found)
+
+
 def test_a_sheet_puts_each_picture_in_its_place() -> None:
     colours = [["#100000", "#200000", "#300000"], ["#400000", "#500000", "#600000"]]
     cells = [[Image.new("RGB", (64, 32), c) for c in row] for row in colours]

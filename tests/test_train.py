@@ -167,6 +167,22 @@ def test_log_callbacks_and_bar(tmp_path, capsys):
     assert "4/4" in bar and "loss=" in bar
 
 
+def test_a_file_asks_for_one_more_call(tmp_path):
+    called: list[int] = []
+    ask = tmp_path / "now"
+
+    class Ask(Callback):
+        def after(self, step, metrics):
+            if step in (2, 5):
+                ask.touch()
+
+    train(None, steps=6, callbacks=[Ask(), Every(4, called.append, ask)])
+    assert called == [0, 2, 4, 5] and not ask.exists()
+    called.clear()
+    train(None, steps=2, callbacks=[Every(0, called.append, ask), Ask()])
+    assert called == [] and not ask.exists()  # nobody waits for it any more
+
+
 def test_trackers_get_scalars():
     class Accelerator:
         def __init__(self):

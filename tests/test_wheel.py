@@ -32,7 +32,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     models = ("tiny-sd/model_index.json", "tiny-clip/open_clip_config.json", "tiny-vit/config.json")
-    for wanted in ("pipelines/dreambooth.py", "assets/subject/1.png", *(f"assets/{m}" for m in models), "adapter.py"):
+    for wanted in (
+        "pipelines/dreambooth.py",
+        "apps/studio/app.py",
+        "assets/subject/1.png",
+        *(f"assets/{m}" for m in models),
+        "adapter.py",
+    ):
         assert f"vismodal/{wanted}" in names
     assert not [n for n in names if n.startswith(("tests", "runs", "benchmarks")) or "__pycache__" in n]
 

@@ -52,10 +52,13 @@ class Every(Callback):
     """Calls `action(step)` before the first step and after every `steps`-th; 0 calls it never.
 
     After a resume `action` may be asked for a step that it has served already.
+
+    Args:
+        asked: a file that asks for one more call after the step that is being made; it is deleted then.
     """
 
-    def __init__(self, steps: int, action: Callable[[int], object]) -> None:
-        self.steps, self.action = steps, action
+    def __init__(self, steps: int, action: Callable[[int], object], asked: Path | None = None) -> None:
+        self.steps, self.action, self.asked = steps, action, asked
 
     def begin(self, step: int, total: int) -> None:
         self._maybe(step)
@@ -63,9 +66,16 @@ class Every(Callback):
     def after(self, step: int, metrics: Mapping[str, float]) -> None:
         self._maybe(step)
 
+    def end(self) -> None:
+        if self.asked is not None:
+            self.asked.unlink(missing_ok=True)
+
     def _maybe(self, step: int) -> None:
-        if self.steps and step % self.steps == 0:
+        asked = self.asked is not None and self.asked.exists()
+        if asked or (self.steps and step % self.steps == 0):
             self.action(step)
+        if asked and self.asked is not None:  # afterwards: until then somebody waits for it
+            self.asked.unlink(missing_ok=True)
 
 
 class Track(Callback):

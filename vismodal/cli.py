@@ -19,10 +19,11 @@ from vismodal.errors import InputError, one_line
 
 
 class Command(NamedTuple):
-    """A subcommand: the pipeline's file in `pipelines/`, and a line for the overview."""
+    """A subcommand: the file in `pipelines/`, a line for the overview, and whether the file is in `apps/` instead."""
 
     pipeline: str
     help: str
+    app: bool = False
 
 
 COMMANDS = {
@@ -42,6 +43,7 @@ COMMANDS = {
     "bake": Command("bake", "adapters in the weights of their model, as a folder that its own library loads"),
     "convert": Command("convert", "write a LoRA, LyCORIS or embedding file in another tool's format"),
     "inspect": Command("inspect_files", "say what is in the file of an adapter or of tokens"),
+    "studio": Command("studio.app", "all of this in the browser: teach, draw, keep adapters, recognise", app=True),
     "bench emoji": Command("bench_emoji", "measure methods on the embedded model: a style and a subject, by emoji"),
 }
 
@@ -94,7 +96,8 @@ def _run(arguments: list[str]) -> int:
     if name is None:
         return _unknown(arguments)
     rest = arguments[len(name.split()) :]
-    pipeline = load_pipeline(COMMANDS[name].pipeline)
+    command = COMMANDS[name]
+    pipeline = (load_app if command.app else load_pipeline)(command.pipeline)
     config = parse(pipeline.Config, f"vismodal {name}", rest)
     pipeline.main(config)
     return 0
@@ -116,17 +119,27 @@ def _listing(names: Iterable[str]) -> str:
 
 
 def load_pipeline(name: str) -> ModuleType:
-    """The module `vismodal.pipelines.NAME`, which in a checkout lies in `pipelines/` beside the package."""
+    """The module `vismodal.pipelines.NAME`."""
+    return _beside("pipelines", name)
+
+
+def load_app(name: str) -> ModuleType:
+    """The module `vismodal.apps.NAME`."""
+    return _beside("apps", name)
+
+
+def _beside(place: str, name: str) -> ModuleType:
+    """A module of `vismodal.PLACE`, which in a checkout lies in a folder beside the package."""
     package = Path(__file__).resolve().parent
-    checkout = package.parent / "pipelines"
-    if not (package / "pipelines").is_dir() and checkout.is_dir():
-        beside = sys.modules.setdefault("vismodal.pipelines", ModuleType("vismodal.pipelines"))
+    checkout = package.parent / place
+    if not (package / place).is_dir() and checkout.is_dir():
+        beside = sys.modules.setdefault(f"vismodal.{place}", ModuleType(f"vismodal.{place}"))
         beside.__path__ = [str(checkout)]
     try:
-        return importlib.import_module(f"vismodal.pipelines.{name}")
+        return importlib.import_module(f"vismodal.{place}.{name}")
     except ModuleNotFoundError as error:
-        if str(error.name).startswith("vismodal.pipelines"):
-            raise InputError(f"this installation lacks the pipeline {name}; install vismodal anew") from error
+        if str(error.name).startswith(f"vismodal.{place}"):
+            raise InputError(f"this installation lacks {place}/{name}; install vismodal anew") from error
         extra = 'pip install "vismodal[all]"'
         raise InputError(f"{name} needs the package {error.name}, which is not installed; write {extra}") from error
 
@@ -167,7 +180,7 @@ def _normal(config: type, arguments: Sequence[str]) -> list[str]:
 
     A pipeline whose `Config.POSITIONAL` names a list takes for it what follows no setting: predict --top 2 a.jpg b.jpg.
     """
-    types = {f"--{f.name}": str(f.type) for f in fields(config)}
+    types = {"--config": "Path"} | {f"--{f.name}": str(f.type) for f in fields(config)}
     listed = getattr(config, "POSITIONAL", None)
     result: list[str] = []
     loose: list[str] = []

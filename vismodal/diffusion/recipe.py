@@ -178,7 +178,8 @@ class Sampling:
     """The pictures that are drawn on the way.
 
     Args:
-        sample_every: make sample images before, after, and every so many steps; 0 before and after only.
+        sample_every: make sample images before, after, and every so many steps; 0 before and after only. A file
+            `sample-now` in the output folder asks for more at once.
         sample_prompts: of the samples. Without them, the prompt, and for the embedded subject on two new backgrounds.
         sample_count: samples for each prompt, with seeds that stay the same.
         sample_steps: denoising steps of samples and class images; 25, or 20 with the embedded model.

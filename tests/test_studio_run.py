@@ -1,0 +1,69 @@
+"""A real training in the studio: stopped and resumed, it leaves the very file that the same settings leave anywhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from vismodal import cli
+from vismodal.cli import load_app
+
+pytest.importorskip("diffusers")
+
+
+def test_a_job_that_was_stopped_and_resumed_equals_the_function_called_in_python(tmp_path: Path):
+    work, progress = load_app("studio.work"), load_app("studio.progress")
+    studio = work.Studio(tmp_path / "home")
+    few = {"steps": 16, "batch": 1, "rank": 2, "sample_steps": 1, "sample_count": 1, "sample_every": 0, "seed": 3}
+    job = studio.teach("example", title="robot", settings=few)
+    folder = studio.jobs.folder(job)
+
+    def until(*states: str, steps: int = 0) -> str:
+        end = time.monotonic() + 240
+        while True:
+            studio.jobs.tick()
+            now = studio.jobs.store.get(job.id)
+            if now.state in states and len(progress.metrics(folder)) >= steps:
+                return now.state
+            assert now.state != "failed" and time.monotonic() < end, (now, progress.tail(folder))
+            time.sleep(0.05)
+
+    until("running", steps=2)
+    assert "training" in str(progress.progress("running", folder))
+    studio.jobs.stop(job)
+    until("stopped")
+    reached = len(progress.metrics(folder))
+    assert 2 <= reached < 16 and not studio.shelf.adapters()
+    studio.jobs.resume(job)
+    until("done")
+
+    pipeline = cli.load_pipeline("dreambooth")
+    given = {**few, "prompt": work.PROMPT, "subject": "sks"}
+    pipeline.main(pipeline.Config(**given, output=tmp_path / "by_hand"))
+    ours, theirs = folder / "run", tmp_path / "by_hand"
+    for name in ("adapter.safetensors", "pytorch_lora_weights.safetensors"):
+        assert content(ours / name) == content(theirs / name), name
+    sample = "samples/step-0000016.png"
+    assert (ours / sample).read_bytes() == (theirs / sample).read_bytes()
+    assert [each.name for each in studio.shelf.adapters()] == ["robot"]
+    for child in studio.jobs.children.values():
+        child.wait()
+
+
+def content(path: Path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Tensors to the bit and entries of the header, which safetensors writes in any order."""
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def test_settings_from_a_file_reach_commands_that_take_files_too(tmp_path: Path):
+    """`--config FILE` is no picture and no prompt of generate, predict, merge and convert."""
+    (tmp_path / "job.yaml").write_text("prompts: [a photo, a drawing]\nseeds: [7]\n")
+    config = cli.load_pipeline("generate").Config
+    read = cli.parse(config, "vismodal generate", ["--config", str(tmp_path / "job.yaml")])
+    assert (read.prompts, read.seeds) == (("a photo", "a drawing"), (7,))
+    over = cli.parse(config, "vismodal generate", ["--config", str(tmp_path / "job.yaml"), "--count", "2", "other"])
+    assert (over.prompts, over.count) == (("other",), 2)
