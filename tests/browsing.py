@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,13 @@ def chromium() -> str:
     return found or pytest.skip("no Chromium; install it (Debian: apt-get install chromium) to run this test")
 
 
+def free_port() -> int:
+    """One of its own: several processes of tests would look for the first free one at the same time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def browser() -> Iterator[Any]:
     """Of Playwright, without a window."""
@@ -41,7 +49,7 @@ def studio(home: Path, *arguments: str) -> Iterator[str]:
     """`vismodal studio`; gives its address."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vismodal", "studio", "--home", str(home), *arguments]
+    command = [sys.executable, "-m", "vismodal", "studio", "--home", str(home), "--port", str(free_port()), *arguments]
     log = home.parent / f"{home.name}.log"
     with log.open("w") as said:
         process = subprocess.Popen(

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from browsing import free_port
 from PIL import Image
 
 from vismodal import cli
@@ -81,7 +82,7 @@ def up(tmp_path_factory) -> Iterator[SimpleNamespace]:
     build, work = load_app("studio.build"), load_app("studio.work")
     jobs = load_app("studio.jobs").Jobs(home, command=lambda kind, arguments: [sys.executable, str(script), kind])
     studio = work.Studio(home, jobs=jobs)
-    page, address = build.launch(studio, home / "cache", "127.0.0.1", None, None)
+    page, address = build.launch(studio, home / "cache", "127.0.0.1", free_port(), None)
     client = Client(address, verbose=False, download_files=str(folder / "got"), analytics_enabled=False)
     made = SimpleNamespace(studio=studio, page=page, address=address, client=client, home=home, folder=folder)
     yield made
@@ -492,7 +493,7 @@ def test_wrong_passwords_are_counted_and_then_nobody_comes_in_for_a_while():
 
 def test_nothing_is_shown_without_the_password(up):
     build = load_app("studio.build")
-    page, address = build.launch(up.studio, up.home / "cache", "127.0.0.1", None, "correct horse")
+    page, address = build.launch(up.studio, up.home / "cache", "127.0.0.1", free_port(), "correct horse")
     try:
         with httpx.Client(base_url=address) as visitor:
             for path in ("config", "gradio_api/info", "gradio_api/file=x", "gradio_api/call/jobs"):

@@ -32,7 +32,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("studio")
     with browser() as opened:
         adapters(folder / "home")
-        with studio(folder / "home") as address:
+        with studio(folder / "home", "--warm", "false") as address:
             yield SimpleNamespace(browser=opened, address=address, folder=folder)
 
 
@@ -142,7 +142,7 @@ def test_what_is_no_picture_is_left_out_with_its_reason(page: Page, tmp_path: Pa
 
 def test_no_password_no_page(up: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "word").write_text("correct horse\n")
-    with studio(tmp_path / "home", "--password_file", str(tmp_path / "word")) as address:
+    with studio(tmp_path / "home", "--password_file", str(tmp_path / "word"), "--warm", "false") as address:
         page = Page(up.browser, address)
         for word in ("wrong", "correct horse"):  # the page empties its fields
             page.page.get_by_label("username").fill("me")

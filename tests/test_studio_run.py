@@ -14,10 +14,11 @@ from vismodal.cli import load_app
 pytest.importorskip("diffusers")
 
 
-def test_a_job_that_was_stopped_and_resumed_equals_the_function_called_in_python(tmp_path: Path):
+def test_a_job_that_was_killed_stopped_and_resumed_equals_the_function_called_in_python(tmp_path: Path):
     work, progress = load_app("studio.work"), load_app("studio.progress")
     studio = work.Studio(tmp_path / "home")
-    few = {"steps": 16, "batch": 1, "rank": 2, "sample_steps": 1, "sample_count": 1, "sample_every": 0, "seed": 3}
+    few = {"steps": 24, "batch": 1, "rank": 2, "sample_steps": 1, "sample_count": 1, "sample_every": 0, "seed": 3}
+    few |= {"save_every": 3}
     job = studio.teach("example", title="robot", settings=few)
     folder = studio.jobs.folder(job)
 
@@ -31,12 +32,16 @@ def test_a_job_that_was_stopped_and_resumed_equals_the_function_called_in_python
             assert now.state != "failed" and time.monotonic() < end, (now, progress.tail(folder))
             time.sleep(0.05)
 
-    until("running", steps=2)
+    until("running", steps=4)
+    studio.jobs.force_stop(job)  # kill -9: it goes back to the checkpoint of step 3
+    until("stopped")
+    studio.jobs.resume(job)
+    until("running", steps=7)
     assert "training" in str(progress.progress("running", folder))
     studio.jobs.stop(job)
     until("stopped")
     reached = len(progress.metrics(folder))
-    assert 2 <= reached < 16 and not studio.shelf.adapters()
+    assert 7 <= reached < 24 and not studio.shelf.adapters()
     studio.jobs.resume(job)
     until("done")
 
@@ -46,7 +51,7 @@ def test_a_job_that_was_stopped_and_resumed_equals_the_function_called_in_python
     ours, theirs = folder / "run", tmp_path / "by_hand"
     for name in ("adapter.safetensors", "pytorch_lora_weights.safetensors"):
         assert content(ours / name) == content(theirs / name), name
-    sample = "samples/step-0000016.png"
+    sample = "samples/step-0000024.png"
     assert (ours / sample).read_bytes() == (theirs / sample).read_bytes()
     assert [each.name for each in studio.shelf.adapters()] == ["robot"]
     for child in studio.jobs.children.values():

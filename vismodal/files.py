@@ -6,7 +6,7 @@ A reader, or the next run after a power cut, never sees half a file; a full disk
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
@@ -28,9 +28,9 @@ def write_file(path: Path, data: bytes | str | Callable[[Path], object]) -> Path
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=TEMPORARY + path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        fresh = path.with_name(f".{path.stem}-{secrets.token_hex(6)}{TEMPORARY}{path.suffix}")
+        os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))  # less the umask, unlike tempfile's
+        temporary = fresh
         if callable(data):
             data(temporary)
         else:
@@ -47,9 +47,6 @@ def write_file(path: Path, data: bytes | str | Callable[[Path], object]) -> Path
 
 def _publish(temporary: Path, path: Path) -> None:
     """Data to the disk, then the name, then the folder's entry: in this order a power cut leaves old or new, whole."""
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only their owner may read
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
