@@ -32,8 +32,9 @@ Model = Literal["vit-s", "tiny-vit"]
 Row = dict[str, Any]
 
 PROBE, PEER, OURS = "linear probe", "peft LoRA", "LoRA"
-CORE = (FULL, PROBE, PEER, OURS)  # of vit-s; the others are candidates for the best two: in methods.md good and quick
+CORE = (FULL, PROBE, PEER, OURS)  # of vit-s; the others are candidates for the best two
 RANK, SITES, TARGETS = 8, ("attn.qkv",), ("qkv",)  # of both LoRAs
+EVERYWHERE = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
 WEIGHTS = "weights/vit_small_patch14_dinov2_saliency.safetensors"
 
 
@@ -56,9 +57,10 @@ VIT_S: Mapping[str, Contestant] = {
     PROBE: Contestant("probe", 3e-3),
     PEER: Contestant("peft", 3e-3),
     OURS: Contestant("ours", 3e-3, vm.LoRA(rank=RANK, sites=SITES)),
+    "LoRA everywhere": Contestant("ours", 1e-3, vm.LoRA(rank=16, sites=EVERYWHERE)),
+    "OFT everywhere": Contestant("ours", 3e-3, vm.OFT(sites=EVERYWHERE)),
     "Convpass": Contestant("ours", 1e-3, vm.Convpass()),
     "Pfeiffer": Contestant("ours", 1e-3, vm.Pfeiffer()),
-    "SSF": Contestant("ours", 3e-3, vm.SSF()),
 }
 
 

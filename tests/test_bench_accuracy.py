@@ -17,7 +17,7 @@ import vismodal as vm
 from vismodal.classification.vision import Source
 
 ROOT = Path(__file__).parents[1]
-LABELS = ("full fine-tuning", "linear probe", "peft LoRA", "LoRA", "Convpass", "Pfeiffer", "SSF")
+LABELS = ("full fine-tuning", "linear probe", "peft LoRA", "LoRA", "OFT everywhere", "Convpass", "Pfeiffer")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_all_is_trained_once_and_the_page_tells(bench: Any, data: Path, tmp_path
     assert not any("failed" in row for row in rows.rows.values())
     whole = [job for job in trainings if not job.pilot]
     best = bench.finalists(c, "vit-s", rows)
-    assert len(best) == 2 and set(best) < {"Convpass", "SSF", "Pfeiffer"}
+    assert len(best) == 2 and set(best) < {"Convpass", "OFT everywhere", "Pfeiffer"}
     assert [(j.seed, j.label, j.set) for j in whole] == [
         (seed, label, "one")
         for labels in (bench.CORE, [x for x in LABELS if x in best])
@@ -110,12 +110,12 @@ def test_a_run_that_was_cut_goes_on_and_its_page_says_what_is_missing(
 
 
 def test_what_fails_is_shown_and_tried_again(bench: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    c = config(bench, data, tmp_path, labels=("LoRA", "SSF"), rounds=0, sets=("one",))
+    c = config(bench, data, tmp_path, labels=("LoRA", "OFT everywhere"), rounds=0, sets=("one",))
     with monkeypatch.context() as patch:
-        patch.setattr(vm.SSF, "build", lambda self, sites: 1 / 0)
+        patch.setattr(vm.OFT, "build", lambda self, sites: 1 / 0)
         bench.main(c)
     assert "LoRA, seed" not in (tmp_path / "accuracy.md").read_text()
-    assert "SSF –; not decided yet" in (tmp_path / "accuracy.md").read_text()
+    assert "OFT everywhere –; not decided yet" in (tmp_path / "accuracy.md").read_text()
     rows = bench.main(c)
     assert not any("failed" in row for row in rows.rows.values())
 
@@ -166,7 +166,7 @@ def test_everybody_sees_the_same_pictures_in_the_same_order(bench: Any, data: Pa
 
     seen: dict[tuple[str, int], list[torch.Tensor]] = {}
     recipe = entrants.Recipe(epochs=2, pilot=1, batch=4)
-    for label, seed in (("full fine-tuning", 0), ("peft LoRA", 0), ("SSF", 0), ("SSF", 1)):
+    for label, seed in (("full fine-tuning", 0), ("peft LoRA", 0), ("OFT everywhere", 0), ("OFT everywhere", 1)):
         trained = entrants.Trained(entrants.Job("vit-s", label, "one", 1e-4, seed, False, data, recipe))
         shown: list[torch.Tensor] = []
         pixels = trained.views["train"].pixels
@@ -215,7 +215,7 @@ def test_the_best_candidates_are_those_of_the_validation_parts(bench: Any, data:
 
     c = config(bench, data, tmp_path)
     rows = bench.Rows(tmp_path / "rows.jsonl")
-    scores = {"Convpass": (0.7, 0.9, 0.1), "SSF": (0.8, 0.7, 0.9), "Pfeiffer": (0.7, 0.8, 0.2)}
+    scores = {"Convpass": (0.7, 0.9, 0.1), "OFT everywhere": (0.8, 0.7, 0.9), "Pfeiffer": (0.7, 0.8, 0.2)}
     for label, (val, loss, test) in scores.items():
         assert bench.finalists(c, "vit-s", rows) is None
         for name in c.sets:
@@ -223,7 +223,7 @@ def test_the_best_candidates_are_those_of_the_validation_parts(bench: Any, data:
             at = RATES.index(pilot.lr)
             for lr, worse in ((RATES[at], 0), (RATES[at + 1], 0.1), (RATES[at - 1], 0.1)):
                 rows.add({**bench.replace(pilot, lr=lr).key(), "val": val, "val_loss": loss + worse, "test": 1 - test})
-    assert bench.finalists(c, "vit-s", rows) == ["SSF", "Pfeiffer"]  # of equal accuracy, the lower loss
+    assert bench.finalists(c, "vit-s", rows) == ["OFT everywhere", "Pfeiffer"]  # of equal accuracy, the lower loss
 
 
 def test_unknown_names_and_missing_data_are_told(bench: Any, data: Path, tmp_path: Path) -> None:
