@@ -33,7 +33,7 @@ test: $(READY) browser
 
 # for the tests of the studio in a browser, which are skipped without one
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && timeout 600 sh -c 'apt-get update && \
 		apt-get install --yes --no-install-recommends chromium' >/dev/null 2>&1; } || echo "no Chromium here, and none to be had"
 

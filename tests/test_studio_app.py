@@ -40,7 +40,8 @@ kind, given, run = sys.argv[1], yaml.safe_load(Path("job.yaml").read_text()), Pa
 run.mkdir(exist_ok=True)
 if kind in ("dreambooth", "classify"):
     steps = given.get("steps", 3)
-    (run / "config.yaml").write_text(f"{{steps: {steps}, sample_prompts: [sks dog runs], seed: 3, model: null}}")
+    drawn = "sample_prompts: [sks dog runs], sample_steps: 9, resolution: 32, guidance: 2.5"
+    (run / "config.yaml").write_text(f"{{steps: {steps}, {drawn}, seed: 3, model: null}}")
     rows = [json.dumps({"step": i, "seconds": i, "loss": 1 / i}) for i in range(1, steps + 1)]
     (run / "metrics.jsonl").write_text("\\n".join(rows) + "\\n")
     (run / "samples").mkdir(exist_ok=True)
@@ -158,6 +159,7 @@ def test_every_endpoint_and_nothing_else_is_offered(up, tmp_path):
     grid = finished(up, call("grid", job["id"]))
     given = up.studio.jobs.settings(up.studio.jobs.store.get(grid["id"]))
     assert (given["prompts"], given["seeds"], given["sweep"][1]) == (["sks dog runs"], [3], 0.25)
+    assert (given["steps"], given["resolution"], given["guidance"], given["model"]) == (9, 32, 2.5, None)
     assert [text.partition("=")[0] for text in given["adapters"]] == ["step-0000004", "step-0000006"]
 
     first, second = call("adapters")
@@ -243,6 +245,21 @@ def test_names_of_adapters_are_their_own_and_numbers_come_first(tmp_path):
     assert studio.shelf.get("2").name == "dog" and studio.shelf.get("dog-4").id == 3
 
 
+def test_sliders_keep_their_places_when_others_go(tmp_path):
+    gradio = pytest.importorskip("gradio")
+    studio = load_app("studio.work").Studio(tmp_path)
+    for title in ("dog", "cat"):
+        job = studio.jobs.submit("dreambooth", title, {"prompt": "x"})
+        (studio.jobs.folder(job) / "run").mkdir()
+        (studio.jobs.folder(job) / "run" / "adapter.safetensors").write_bytes(b"x")
+    with gradio.Blocks():
+        chosen = load_app("studio.chosen").Chosen(studio, "Weight", -1, 2, 0.5)
+    _, first, second, *_ = chosen.label(["1", "2"], [], 0.5, 0.5, 0.5, 0.5)
+    assert [(one["label"], one["value"]) for one in (first, second)] == [("Weight of dog", 0.5), ("Weight of cat", 0.5)]
+    keys, first, second, *_ = chosen.label(["2"], ["1", "2"], 0.1, 0.9, 0.5, 0.5)
+    assert (keys, first["label"], first["value"], second["visible"]) == (["2"], "Weight of cat", 0.9, False)
+
+
 def test_settings_with_aliases_are_refused():
     read = load_app("studio.teach").read_rest
     assert read("sites: [+ff]\nrank: 4") == {"sites": ["+ff"], "rank": 4}
@@ -279,7 +296,8 @@ def test_what_is_refused_and_that_no_path_comes_in(up):
     assert "two adapters or more" in refused(up, "merge", [])
     assert "pairs of an id and a number" in refused(up, "merge", [["x"]])
     assert "more than 256 pictures" in refused(up, "draw", ["sks"], count=257)
-    assert "take the tags out" in refused(up, "draw", ["<lora:x>"], sweep=[0, 1])
+    assert "one or more, and no tags" in refused(up, "draw", ["<lora:x>"], sweep=[0, 1])
+    assert "one or more, and no tags" in refused(up, "draw", ["sks"], sweep=[0, 1])
     (up.studio.home / "cache" / "a.safetensors").write_bytes(b"x")
     assert "there is no model ''" in refused(up, "bring", {"path": f"{up.home}/cache/a.safetensors"}, "")
     assert "pickles are never read" in refused(up, "bring", {"path": f"{up.home}/cache/a.safetensors"}, "sd1")
@@ -419,13 +437,13 @@ def test_a_visitor_goes_through_all_tabs(up):
     with pytest.raises(Exception, match="one a line"):
         visitor.press("Teach.begin", other="no settings")
     key = str(number)
-    _, *sliders = visitor.press("Create.label", adapters=[key])
+    _, *sliders = visitor.press("Chosen.label", adapters=[key])
     assert [slider["visible"] for slider in sliders] == [True, False, False, False]
     visitor.press("Create.begin", prompts="sks one\nsks two", adapters=[key], seed="5")
     settled(up)
     _, words, slider, pictures, sheets, _ = visitor.press("Create.show")
     assert "from seed 5" in words and slider["visible"] and len(pictures["value"]) == 4 and len(sheets["value"]) == 1
-    with pytest.raises(Exception, match="choose one or more"):
+    with pytest.raises(Exception, match="the adapters that are chosen: one or more"):
         visitor.press("Create.begin_sweep", adapters=[])
 
     facts, preview, card = visitor.press("Library.show", adapter=key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,14 +55,20 @@ def adapters(home: Path) -> None:
 
 
 @pytest.fixture
-def page(up: SimpleNamespace) -> Iterator[Page]:
-    """A tab; whatever is done in it asks no other machine, and its console tells no error."""
-    opened = Page(up.browser, up.address)
-    opened.button("Start").wait_for(timeout=60_000)
+def visit(up: SimpleNamespace) -> Iterator[Callable[..., Page]]:
+    """Opens a tab; whatever is done in any of them asks no other machine, and no console tells an error."""
+    pages: list[Page] = []
+
+    def opened(*size: int, dark: bool = False) -> Page:
+        pages.append(Page(up.browser, up.address, *size, dark=dark))
+        pages[-1].button("Start").wait_for(timeout=60_000)
+        return pages[-1]
+
     yield opened
-    assert all(url.startswith((up.address, "data:", "blob:")) for url in opened.asked), opened.asked
-    assert not opened.errors
-    opened.close()
+    for page in pages:
+        assert all(url.startswith((up.address, "data:", "blob:")) for url in page.asked), page.asked
+        assert not page.errors
+        page.close()
 
 
 def png(side: int = 64) -> bytes:
@@ -71,7 +77,8 @@ def png(side: int = 64) -> bytes:
     return stream.getvalue()
 
 
-def test_teach_leave_come_back_stop_and_go_on_to_the_end(up: SimpleNamespace, page: Page) -> None:
+def test_teach_leave_come_back_stop_and_go_on_to_the_end(visit: Callable[..., Page]) -> None:
+    page = visit()
     page.press("Use the example: six drawings of a robot")
     page.page.get_by_text("The six drawings of a robot that come").wait_for()
     page.fill({"Name": "robot", "Steps": 400})
@@ -82,7 +89,7 @@ def test_teach_leave_come_back_stop_and_go_on_to_the_end(up: SimpleNamespace, pa
     page.until(r"training · step \d\d+ of 400")
     page.close()
 
-    again = Page(up.browser, up.address)
+    again = visit()
     assert "robot" in again.field("Job").input_value() or again.until("training")
     again.press("Sample now")
     again.page.get_by_text("drawn after this step").wait_for()
@@ -102,10 +109,10 @@ def test_teach_leave_come_back_stop_and_go_on_to_the_end(up: SimpleNamespace, pa
         again.press("For diffusers")
         again.page.get_by_role("link").filter(has_text="KB").locator("visible=true").first.click()
     assert got.value.suggested_filename == "robot-diffusers.safetensors"
-    again.close()
 
 
-def test_two_adapters_at_once_and_the_grid(page: Page) -> None:
+def test_two_adapters_at_once_and_the_grid(visit: Callable[..., Page]) -> None:
+    page = visit()
     page.tab("Create")
     page.choose("Adapters", "dog", "style")
     page.field("number input for Strength of style").fill("0.5")
@@ -122,7 +129,8 @@ def test_two_adapters_at_once_and_the_grid(page: Page) -> None:
     page.pictures(12)
 
 
-def test_what_is_no_picture_is_left_out_with_its_reason(page: Page, tmp_path: Path) -> None:
+def test_what_is_no_picture_is_left_out_with_its_reason(visit: Callable[..., Page], tmp_path: Path) -> None:
+    page = visit()
     (tmp_path / "notes.png").write_text("no picture")
     (tmp_path / "good.png").write_bytes(png())
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as file:
@@ -156,9 +164,8 @@ def test_no_password_no_page(up: SimpleNamespace, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_all_tabs_fit_a_phone_and_can_be_reached_by_keys(up: SimpleNamespace, dark: bool) -> None:
-    page = Page(up.browser, up.address, 390, 844, dark)
-    page.button("Start").wait_for(timeout=60_000)
+def test_all_tabs_fit_a_phone_and_can_be_reached_by_keys(visit: Callable[..., Page], dark: bool) -> None:
+    page = visit(390, 844, dark=dark)
     for name in TABS:
         page.tab(name)
         page.page.wait_for_timeout(300)
@@ -172,4 +179,3 @@ def test_all_tabs_fit_a_phone_and_can_be_reached_by_keys(up: SimpleNamespace, da
     assert "Start" in seen
     back = page.page.evaluate("getComputedStyle(document.body).backgroundColor").strip("rgba()").split(",")
     assert (sum(map(float, back[:3])) < 200) == dark
-    page.close()

@@ -213,6 +213,17 @@ def test_a_zip_of_very_many_names_is_refused_before_it_is_read(intake, tmp_path)
     path = zipped(tmp_path / "many.zip", {f"{'x' * 200}{i}.txt": "" for i in range(100)})
     with pytest.raises(InputError, match="more than 10 files"):
         intake.pictures([path])
+    junk = {f"__MACOSX/{i}": b"" for i in range(21)} | {"good.png": picture()}
+    with pytest.raises(InputError, match="more than 10 files"):  # none of it silently: a good one may come last
+        intake.pictures([zipped(tmp_path / "junk.zip", junk)])
+
+
+def test_a_file_with_two_names_takes_its_bytes_once(tmp_path):
+    size_of = load_app("studio.folders").size_of
+    (tmp_path / "a").write_bytes(b"x" * 1000)
+    (tmp_path / "c").write_bytes(b"x" * 10)
+    (tmp_path / "b").hardlink_to(tmp_path / "a")
+    assert size_of(tmp_path) == 1010
 
 
 def test_classes_come_from_the_folders_of_a_zip(intake, tmp_path):

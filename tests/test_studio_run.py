@@ -10,15 +10,16 @@ from safetensors import safe_open
 
 from vismodal import cli
 from vismodal.cli import load_app
+from vismodal.diffusion.settings import read_settings
 
 pytest.importorskip("diffusers")
 
 
-def test_a_job_that_was_killed_stopped_and_resumed_equals_the_function_called_in_python(tmp_path: Path):
+def test_a_job_that_was_killed_stopped_and_resumed_equals_the_function_called_in_python(tmp_path: Path, monkeypatch):
     work, progress = load_app("studio.work"), load_app("studio.progress")
     studio = work.Studio(tmp_path / "home")
     few = {"steps": 150, "batch": 1, "rank": 2, "sample_steps": 1, "sample_count": 1, "sample_every": 0, "seed": 3}
-    few |= {"save_every": 3}
+    few |= {"save_every": 3, "keep": 2}
     job = studio.teach("example", title="robot", settings=few)
     folder = studio.jobs.folder(job)
 
@@ -55,6 +56,16 @@ def test_a_job_that_was_killed_stopped_and_resumed_equals_the_function_called_in
     sample = "samples/step-0000150.png"
     assert (ours / sample).read_bytes() == (theirs / sample).read_bytes()
     assert [each.name for each in studio.shelf.adapters()] == ["robot"]
+
+    monkeypatch.setattr(work, "STRENGTHS", (0.0, 1.0))
+    job = studio.grid(job.id)  # of its checkpoints, which `until` follows now
+    until("done")
+    made = studio.jobs.folder(job) / "run"
+    told = [read_settings(path) for path in sorted(made.glob("0*.png"))]
+    worn = {(each.name, each.strength) for one in told for each in one.adapters}
+    assert worn == {(f"step-0000{step}", strength) for step in (147, 150) for strength in (0.0, 1.0)}
+    prompts = progress.settings(folder)["sample_prompts"]
+    assert len(told) == 4 * len(prompts) and len(list(made.glob("sheet-*.png"))) == len(prompts)
     for child in studio.jobs.children.values():
         child.wait()
 

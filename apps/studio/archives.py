@@ -53,7 +53,10 @@ class Archives:
             rejected.append(f"{file.name}: no zip that can be read ({error})")
             return
         self.open.append(archive)
-        for info in archive.infolist()[: 2 * most]:  # folders and what systems add count as well
+        if len(archive.infolist()) > 2 * most:  # with folders, and what systems add
+            rejected.append(f"{file.name}: more than {most:,} files; zip fewer")
+            return
+        for info in archive.infolist():
             path = PurePosixPath(info.filename.replace("\\", "/"))
             if info.is_dir() or any(part.lower() in _IGNORED or part.startswith("._") for part in path.parts):
                 continue

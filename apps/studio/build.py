@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,23 +46,20 @@ def page(studio: Studio, served: Served) -> gr.Blocks:
     """All of it; nothing of a job's state lives in here."""
     with gr.Blocks(title="vismodal studio", analytics_enabled=False, delete_cache=(DAY, DAY)) as blocks:
         gr.Markdown("# vismodal studio")
-        timers = {name: gr.Timer(EVERY, active=name == next(iter(TABS))) for name in TABS}
+        timers = {name: gr.Timer(EVERY, active=i == 0) for i, name in enumerate(TABS)}
         with gr.Tabs(overflow_behavior="wrap"):
             for name, kind in TABS.items():
                 with gr.Tab(name) as tab:
                     kind(studio, served).tie(timers[name], blocks, tab)
-                look(blocks, tab, name, timers)
+                on(tab.select, partial(only, name), [], list(timers.values()), quiet=True)
         Endpoints(studio, served).tie()
     quicken(blocks)
     return blocks
 
 
-def look(page: gr.Blocks, tab: gr.Tab, name: str, timers: Mapping[str, gr.Timer]) -> None:
-    """Only the tab that is seen asks how things are: at once, and then by its timer."""
-    for tick in list(page.fns.values()):
-        if tick.fn and (timers[name]._id, "tick") in tick.targets:
-            on(tab.select, tick.fn, tick.inputs, tick.outputs, quiet=True)
-    on(tab.select, lambda: [gr.Timer(active=one == name) for one in timers], [], list(timers.values()), quiet=True)
+def only(name: str) -> list[gr.Timer]:
+    """The timers, of which only that of the tab in view runs: the others have nothing to show."""
+    return [gr.Timer(active=one == name) for one in TABS]
 
 
 def quicken(page: gr.Blocks) -> None:

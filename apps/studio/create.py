@@ -12,14 +12,13 @@ from PIL import Image
 
 from vismodal.errors import InputError
 
+from .chosen import Chosen
 from .jobs import RUN
 from .page import Served, number_in, on, optional, plain
 from .progress import duration
 from .store import ACTIVE, Job
 from .watch import UNSEEN, Seen
 from .work import STRENGTHS, Studio
-
-MOST = 4  # sliders for adapters
 
 
 class Create:
@@ -41,15 +40,10 @@ class Create:
                     object_fit="contain", interactive=False, buttons=["download", "fullscreen"], visible=False,
                 )  # fmt: skip
                 self.sheet = gr.Gallery(
-                    show_label=False,
-                    columns=1,
-                    format="png",
-                    height="auto",
-                    interactive=False,
-                    visible=False,
+                    show_label=False, columns=1, format="png", height="auto", interactive=False, visible=False,
                     elem_classes="sheets",
-                )
-        self.seen, self.worn = gr.State(UNSEEN), gr.State([])
+                )  # fmt: skip
+        self.seen = gr.State(UNSEEN)
 
     def _fields(self) -> None:
         self.prompt = gr.Textbox(
@@ -58,10 +52,7 @@ class Create:
             label="Prompts, one a line",
             info="A line with <lora:NAME:0.8> in it is drawn by these adapters alone; <lora:none> by none.",
         )
-        self.adapters = gr.Dropdown([], label="Adapters", multiselect=True, max_choices=MOST, allow_custom_value=True)
-        self.strengths = [
-            gr.Slider(0, 2, value=1, step=0.05, label=f"Strength {i + 1}", visible=False) for i in range(MOST)
-        ]
+        self.adapters = Chosen(self.studio, "Strength", 0, 2, 1)
         with gr.Row():
             self.seed = optional("Seed", "drawn, and shown")
             self.count = gr.Slider(1, 16, value=4, step=1, label="Pictures of each prompt", min_width=120)
@@ -80,31 +71,13 @@ class Create:
     def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
         shown = [self.job, self.status, self.slider, self.gallery, self.sheet, self.seen]
-        fields = [self.prompt, self.adapters, self.seed, self.count, self.compare, self.negative, self.model]
-        fields += [self.steps, self.guidance, *self.strengths]
-        on(page.load, self.begin_page, [], [self.adapters, *shown], quiet=True)
-        on(timer.tick, self.show, [self.job, self.seen], shown, quiet=True)
-        on(self.job.input, self.show, [self.job, self.seen], shown, quiet=True)
-        on(self.adapters.focus, lambda: gr.update(choices=self.names()), [], [self.adapters], quiet=True)
-        sliders = [self.worn, *self.strengths]
-        on(self.adapters.change, self.label, [self.adapters, *sliders], sliders, quiet=True)
+        fields = [self.prompt, self.seed, self.count, self.compare, self.negative, self.model]
+        fields += [self.steps, self.guidance, *self.adapters.inputs()]
+        on(page.load, lambda: self.show(None, UNSEEN), [], shown, quiet=True)
+        on([timer.tick, tab.select, self.job.input], self.show, [self.job, self.seen], shown, quiet=True)
+        self.adapters.tie(page.load)
         on(self.draw.click, self.begin, fields, [self.seed, *shown])
         on(self.sweep.click, self.begin_sweep, fields, [self.seed, *shown])
-
-    def begin_page(self) -> list[Any]:
-        return [gr.update(choices=self.names()), *self.show(None, UNSEEN)]
-
-    def names(self) -> list[tuple[str, str]]:
-        return [(each.name, str(each.id)) for each in self.studio.shelf.adapters()]
-
-    def label(self, chosen: list[str], worn: list[str], *strengths: float) -> list[Any]:
-        """A slider for each adapter, with its name, where it was set to before."""
-        before = dict(zip(worn, strengths, strict=False))
-        shown = [
-            gr.update(visible=True, label=f"Strength of {self.studio.shelf.get(key).name}", value=before.get(key, 1.0))
-            for key in chosen[:MOST]
-        ]
-        return [chosen, *shown, *[gr.update(visible=False)] * (MOST - len(shown))]
 
     def begin(self, *fields: Any) -> list[Any]:
         return self._begin((), *fields)
@@ -113,11 +86,9 @@ class Create:
         return self._begin(STRENGTHS, *fields)
 
     def _begin(
-        self, sweep: tuple[float, ...], prompt: str, chosen: list[str], seed: str, count: float, compare: bool,
-        negative: str, model: str, steps: str, guidance: str, *strengths: float,
+        self, sweep: tuple[float, ...], prompt: str, seed: str, count: float, compare: bool, negative: str, model: str,
+        steps: str, guidance: str, chosen: list[str], *strengths: float,
     ) -> list[Any]:  # fmt: skip
-        if sweep and not chosen:
-            raise InputError("the grid tries the strengths of adapters; choose one or more")
         given: dict[str, Any] = {"steps": number_in("Steps", steps), "guidance": number_in("Guidance", guidance)}
         given["negative"] = negative or None
         worn, start = list(zip(chosen, strengths, strict=False)), number_in("Seed", seed)
@@ -168,7 +139,7 @@ def pictures(studio: Studio, job: Job) -> list[tuple[Path, str, dict[str, Any]]]
     """The pictures of a job in order, each with a line about it, and the settings that it carries."""
     folder = studio.jobs.folder(job) / RUN
     found = []
-    for path in sorted(path for path in folder.glob("[0-9]*.png")):
+    for path in sorted(folder.glob("[0-9]*.png")):
         with Image.open(path) as image:
             carried = json.loads(getattr(image, "text", {}).get("vismodal", "{}"))
         worn = " ".join(f"[{each['name']} {each['strength']:g}]" for each in carried.get("adapters", ()))

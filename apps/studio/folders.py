@@ -40,10 +40,11 @@ def number(path: Path) -> int | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder; those that go away meanwhile do not count."""
-    total = 0
+    """Bytes of the files in a folder, each once under whatever names; those that go away meanwhile do not count."""
+    found: dict[tuple[int, int], int] = {}
     for where, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
-                total += os.lstat(os.path.join(where, name)).st_size
-    return total
+                state = os.lstat(os.path.join(where, name))
+                found[state.st_dev, state.st_ino] = state.st_size
+    return sum(found.values())

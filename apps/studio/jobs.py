@@ -215,37 +215,38 @@ class Jobs:
                 print(f"studio: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _start(self, job: Job) -> None:
-        folder, kind = self.folder(job), KINDS[job.kind]
+        folder = self.folder(job)
         lock = take(folder)
         if lock is None:
             return
-        for name in ("pid", "exit", "told", "full", "said.txt"):  # first: they would speak for the new process
-            (folder / name).unlink(missing_ok=True)
-        if (used := size_of(self.home)) > self.total:
-            why = f"the studio's folder has {used / 2**30:.1f} GiB, which is its most; delete some jobs"
-            self.store.move(job, ("queued",), "failed", why)
-            os.close(lock)
-            return
-        if not self.store.move(job, ("queued",), "running"):
-            os.close(lock)
-            return
-        again = kind.resumes and (folder / RUN / "config.yaml").is_file()
-        if not again:
-            shutil.rmtree(folder / RUN, ignore_errors=True)
-        arguments = ["--config", str(folder / SETTINGS), *(["--resume=true"] if again else [])]
         try:
-            with (folder / "said.txt").open("ab") as said, (folder / "log.txt").open("wb") as log:
-                files = (lock, said.fileno(), log.fileno())
-                spare = self.spare if kind.lane == "drawing" else None
-                warm = spare.take(folder, [job.kind, *arguments], files) if spare else None
-                self.children[job.id] = warm or subprocess.Popen(
-                    self.command(job.kind, arguments), cwd=folder, env=environment(), stdin=subprocess.DEVNULL,
-                    stdout=said, stderr=log, start_new_session=True, pass_fds=(lock,), umask=0o077,
-                )  # fmt: skip
+            for name in ("pid", "exit", "told", "full", "said.txt"):  # first: they would speak for the new process
+                (folder / name).unlink(missing_ok=True)
+            if (used := size_of(self.home)) > self.total:
+                why = f"the studio's folder has {used / 2**30:.1f} GiB, which is its most; delete some jobs"
+                self.store.move(job, ("queued",), "failed", why)
+            elif self.store.move(job, ("queued",), "running"):
+                self.children[job.id] = self._process(job, folder, lock)
         except OSError as error:
             self.store.move(job, ("running",), "failed", f"cannot be started: {error.strerror}")
         finally:
             os.close(lock)  # the child has it now
+
+    def _process(self, job: Job, folder: Path, lock: int) -> subprocess.Popen[bytes]:
+        """Of a job, which goes on where it can: the spare, or a new one."""
+        kind = KINDS[job.kind]
+        again = kind.resumes and (folder / RUN / "config.yaml").is_file()
+        if not again:
+            shutil.rmtree(folder / RUN, ignore_errors=True)
+        arguments = ["--config", str(folder / SETTINGS), *(["--resume=true"] if again else [])]
+        with (folder / "said.txt").open("ab") as said, (folder / "log.txt").open("wb") as log:
+            files = (lock, said.fileno(), log.fileno())
+            spare = self.spare if kind.lane == "drawing" else None
+            warm = spare.take(folder, [job.kind, *arguments], files) if spare else None
+            return warm or subprocess.Popen(
+                self.command(job.kind, arguments), cwd=folder, env=environment(), stdin=subprocess.DEVNULL,
+                stdout=said, stderr=log, start_new_session=True, pass_fds=(lock,), umask=0o077,
+            )  # fmt: skip
 
     def _look(self, job: Job) -> None:
         folder = self.folder(job)

@@ -42,7 +42,7 @@ class JobsTab:
         """To the page's events."""
         shown, given = [self.table, self.job, self.log, self.seen], [self.job, self.seen]
         on(page.load, lambda: self.show(None), [], shown, quiet=True)
-        on(timer.tick, self.show, given, shown, quiet=True)
+        on([timer.tick, tab.select], self.show, given, shown, quiet=True)
         on(self.job.input, self.show, given, shown, quiet=True)
         jobs = self.studio.jobs
         for button, action in ((self.stop, jobs.stop), (self.resume, jobs.resume), (self.force, jobs.force_stop)):

@@ -9,11 +9,10 @@ import gradio as gr
 from vismodal.errors import InputError
 from vismodal.formats.bases import NAMES
 
+from .chosen import Chosen
 from .jobs import RUN
 from .page import Served, on, plain
 from .work import Studio
-
-MOST = 4
 
 
 class Library:
@@ -45,8 +44,7 @@ class Library:
 
     def _merging(self) -> None:
         gr.Markdown("### Merge")
-        self.several = gr.Dropdown([], label="Adapters", multiselect=True, max_choices=MOST, allow_custom_value=True)
-        self.weights = [gr.Slider(-1, 2, value=0.5, step=0.05, visible=False) for _ in range(MOST)]
+        self.several = Chosen(self.studio, "Weight", -1, 2, 0.5)
         with gr.Row():
             self.merged = gr.Textbox("", label="Name", placeholder="of the new one", min_width=160)
             self.merge = gr.Button("Merge", size="sm", min_width=120, elem_classes="low")
@@ -67,28 +65,23 @@ class Library:
 
     def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
-        choices = [self.adapter, self.several]
         shown = [self.facts, self.preview, self.card]
-        on(page.load, self.refresh, [self.adapter], choices, quiet=True)
-        on(tab.select, self.refresh, [self.adapter], choices, quiet=True)
-        for one in choices:
-            on(one.focus, self.refresh, [self.adapter], choices, quiet=True)
+        on([page.load, tab.select, self.adapter.focus], self.refresh, [self.adapter], [self.adapter], quiet=True)
         on(self.adapter.change, self.show, [self.adapter], shown, quiet=True)
-        on(self.several.change, self.label, [self.several], self.weights, quiet=True)
+        self.several.tie()
         out = [self.export, self.status, self.file]
         on(self.diffusers.click, lambda key: self.begin_export(key, "diffusers"), [self.adapter], out)
         on(self.kohya.click, lambda key: self.begin_export(key, "kohya"), [self.adapter], out)
-        on(timer.tick, self.follow, [self.export], out, quiet=True)
-        on(self.merge.click, self.begin_merge, [self.several, self.merged, *self.weights], [self.status])
+        on([timer.tick, tab.select], self.follow, [self.export], out, quiet=True)
+        on(self.merge.click, self.begin_merge, [self.merged, *self.several.inputs()], [self.status])
         on(self.bring.click, self.begin_import, [self.upload, self.base], [self.status, self.upload])
-        on(self.delete.click, self.remove, [self.adapter, self.sure], [self.sure, self.status, *choices])
+        on(self.delete.click, self.remove, [self.adapter, self.sure], [self.sure, self.status, self.adapter])
 
-    def refresh(self, key: str | None) -> list[Any]:
+    def refresh(self, key: str | None) -> Any:
         """The adapters that there are now."""
         names = [(each.name, str(each.id)) for each in self.studio.shelf.adapters()]
         keys = [value for _, value in names]
-        value = key if key in keys else (keys[-1] if keys else None)
-        return [gr.update(choices=names, value=value), gr.update(choices=names)]
+        return gr.update(choices=names, value=key if key in keys else (keys[-1] if keys else None))
 
     def show(self, key: str | None) -> list[Any]:
         if not key:
@@ -103,12 +96,6 @@ class Library:
         ]
         preview = self.served(each.preview) if each.preview else None
         return ["\n".join(facts), preview, each.card]
-
-    def label(self, chosen: list[str]) -> list[Any]:
-        """A slider for each adapter, with its name."""
-        names = [self.studio.shelf.get(key).name for key in chosen]
-        shown = [gr.update(visible=True, label=f"Weight of {name}") for name in names[:MOST]]
-        return shown + [gr.update(visible=False)] * (MOST - len(shown))
 
     def begin_export(self, key: str | None, to: str) -> list[Any]:
         """The file at once where the training has written it, or else a job that makes it."""
@@ -138,7 +125,7 @@ class Library:
     def _ready(self, path: str) -> Any:
         return gr.update(value=path, visible=True)
 
-    def begin_merge(self, chosen: list[str], title: str, *weights: float) -> str:
+    def begin_merge(self, title: str, chosen: list[str], *weights: float) -> str:
         job = self.studio.merge(list(zip(chosen, weights, strict=False)), title)
         return f"Merging, as job {job.id}; it will be among the adapters."
 
@@ -157,4 +144,4 @@ class Library:
         each = self.studio.shelf.get(key)
         self.studio.jobs.delete(self.studio.jobs.store.get(each.id))
         self.served.forget()
-        return [False, f"{plain(each.name)} is deleted.", *self.refresh(None)]
+        return [False, f"{plain(each.name)} is deleted.", self.refresh(None)]

@@ -94,15 +94,17 @@ def told(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on(
-    event: Callable[..., Any],
+    events: Any,
     function: Callable[..., Any],
     inputs: Sequence[Any] = (),
     outputs: Sequence[Any] = (),
     quiet: bool = False,
     heavy: bool = False,
-) -> Any:
-    """Ties a handler to an event of the page; programs have endpoints of their own. Heavy ones wait for each other."""
-    return event(
+) -> None:
+    """Ties a handler to an event of the page, or to several; programs have endpoints of their own. Heavy ones wait for
+    each other."""
+    gr.on(
+        events if isinstance(events, list) else [events],
         told(function),
         list(inputs),
         list(outputs),

@@ -68,8 +68,11 @@ def _settings(time: int, size: int, path: Path) -> dict[str, Any]:
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of the log of the training that was last at work. What is half written or damaged is left out."""
     logs = [folder / RUN / "metrics.jsonl", *(folder / RUN).glob("runs/*/metrics.jsonl")]
-    there = [(path.stat().st_mtime_ns, path) for path in logs if path.is_file()]
-    return _log(max(there)[1]).rows() if there else []
+    try:
+        there = [(path.stat().st_mtime_ns, path) for path in logs if path.is_file()]
+        return _log(max(there)[1]).rows() if there else []
+    except FileNotFoundError:  # deleted meanwhile
+        return []
 
 
 class Log:

@@ -46,14 +46,14 @@ class Recognise:
 
     def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
         """To the page's events."""
-        self.watch.tie(timer, page)
+        self.watch.tie(timer, page, tab)
         on(self.files.upload, self.take, [self.files], [self.set, self.told, self.files], heavy=True)
         on(self.example.click, self.use_example, [], [self.set, self.told])
         on(self.fetch.click, self.files_of, [self.watch.job], [self.made])
         fields = [self.set, self.title, self.method, self.epochs, self.model]
         on(self.start.click, self.begin, fields, self.watch.outputs())
         on(self.ask.click, self.question, [self.watch.job, self.images], [self.asked, self.answer], heavy=True)
-        on(timer.tick, self.follow, [self.asked], [self.asked, self.answer], quiet=True)
+        on([timer.tick, tab.select], self.follow, [self.asked], [self.asked, self.answer], quiet=True)
 
     def take(self, file: str | None) -> list[Any]:
         """Takes a zip, and says what is in it."""

@@ -97,7 +97,7 @@ class Teach:
         on(self.preset.change, lambda name: PRESETS[name]["steps"], [self.preset], [self.steps], quiet=True)
         fields = [self.set, self.captions, self.preset, self.prompt, self.word, self.steps, self.model, self.title]
         fields += [self.encoder, self.flip, self.rest, *self.numbers]
-        self.watch.tie(timer, page)
+        self.watch.tie(timer, page, tab)
         on(self.start.click, self.begin, fields, self.watch.outputs())
 
     def take(self, files: list[str] | None) -> list[Any]:

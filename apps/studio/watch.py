@@ -64,11 +64,11 @@ class Watch:
         buttons = [self.stop, self.resume, self.force, self.extend, self.now, self.grid]
         return [self.job, self.status, *buttons, self.plot, self.slider, self.samples, self.log, self.seen]
 
-    def tie(self, timer: gr.Timer, page: gr.Blocks) -> None:
-        """To the timer, to the page's beginning, and to its own buttons."""
+    def tie(self, timer: gr.Timer, page: gr.Blocks, tab: gr.Tab) -> None:
+        """To the timer, to the beginning of the page and of its tab, and to its own buttons."""
         on(page.load, lambda: self.show(None, UNSEEN), [], self.outputs(), quiet=True)
         parts = [self.status, self.plot, self.log, self.seen, self.mark]
-        on(timer.tick, self.follow, [self.job, self.seen], parts, quiet=True)
+        on([timer.tick, tab.select], self.follow, [self.job, self.seen], parts, quiet=True)
         on(self.mark.change, self.show, [self.job, self.seen], self.outputs(), quiet=True)
         on(self.job.input, self.show, [self.job, self.seen], self.outputs(), quiet=True)
         jobs = self.studio.jobs

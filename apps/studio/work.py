@@ -128,9 +128,9 @@ class Studio:
         if not kept:
             raise InputError(f"job {number} has no checkpoints to show; wait for its end")
         trained = progress.settings(self.jobs.folder(job))
-        adapters = [f"{path.stem}={path}" for path in kept]
-        given = {"prompts": trained["sample_prompts"], "adapters": adapters, "model": trained["model"]}
-        given |= {"seeds": [trained["seed"]], "sweep": list(STRENGTHS)}
+        given = {"prompts": trained["sample_prompts"], "steps": trained["sample_steps"], "seeds": [trained["seed"]]}
+        given |= {name: trained[name] for name in ("model", "resolution", "guidance")}
+        given |= {"adapters": [f"{path.stem}={path}" for path in kept], "sweep": list(STRENGTHS)}
         return self._submit("generate", f"checkpoints of {job.title}", given)
 
     # -- create ------------------------------------------------------------------------------------------------------
@@ -149,27 +149,25 @@ class Studio:
         """Draws each prompt by these adapters, (id, strength) each; with `compare` by none as well.
 
         A prompt with tags, as in "sks dog <lora:dog:0.8>", has its own adapters, by their names in the library.
-        `sweep` are strengths to try instead, on a sheet for each prompt and seed. Without a seed one is drawn.
+        `sweep` are strengths to try instead, on sheets. Without a seed one is drawn.
         """
         prompts = [text.strip() for text in prompts if text.strip()]
         if not prompts:
             raise InputError('there is no prompt; write what to draw, such as "a photo of sks dog on the beach"')
         chosen = self._weighted(adapters)
         named = {name for text in prompts for name in re.findall(r"<lora:([^:<>]*)", text)}
-        if sweep and named:
-            raise InputError("a grid is of the adapters that are chosen; take the tags out of the prompts")
-        if len(prompts) * int(count) * max(1, len(sweep) * len(chosen)) > MOST:
-            raise InputError(f"these are more than {MOST} pictures; draw fewer at a time")
+        if sweep and (named or not chosen):
+            raise InputError("a grid tries the strengths of the adapters that are chosen: one or more, and no tags")
         used = {**chosen, **{each: 1.0 for each in self.shelf.adapters() if each.name in named and each not in chosen}}
         base = self._base(model, [each.model for each in used])
+        bare = [text for text in prompts if "<lora:" not in text]
         if named:  # then each prompt says by what it is drawn
             tags = "".join(f" <lora:{each.name}:{strength:g}>" for each, strength in chosen.items()) or " <lora:none>"
-            bare = [text for text in prompts if "<lora:" not in text]
-            prompts = [text if "<lora:" in text else text + tags for text in prompts]
-        else:
-            bare = prompts
+            prompts = [text + tags if text in bare else text for text in prompts]
         if compare and not sweep:
             prompts = [*prompts, *(f"{text} <lora:none>" for text in bare)]
+        if len(prompts) * int(count) * max(1, len(sweep) * len(chosen)) > MOST:
+            raise InputError(f"these are more than {MOST} pictures; draw fewer at a time")
         given = {
             **self._allowed("generate", settings or {}),
             "prompts": prompts,
@@ -178,8 +176,7 @@ class Studio:
             "count": int(count),
             "model": base,
         }
-        if used:
-            given |= {"sweep": list(sweep)} if sweep else {"strengths": list(used.values())}
+        given |= {"sweep": list(sweep)} if sweep else {"strengths": list(used.values())}
         return self._submit("generate", prompts[0], given)
 
     # -- library -----------------------------------------------------------------------------------------------------
