@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,14 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# all toasts that were shown, also those that are gone again
+TOASTS = """
+window.toasts = [];
+new MutationObserver(() => {
+    for (const each of document.querySelectorAll('.toast-body'))
+        if (!window.toasts.includes(each.innerText)) window.toasts.push(each.innerText);
+}).observe(document, {childList: true, subtree: true, characterData: true});
+"""
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -80,6 +89,7 @@ class Page:
         self.context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
         )
+        self.context.add_init_script(TOASTS)
         self.page = self.context.new_page()
         self.errors: list[str] = []
         self.asked: set[str] = set()
@@ -97,6 +107,11 @@ class Page:
 
     def button(self, name: str) -> Any:
         return self.page.get_by_role("button", name=name, exact=True).locator("visible=true")
+
+    def unfold(self, name: str) -> None:
+        """Opens a part that is folded, whose fields come to life one after the other."""
+        self.page.get_by_text(name).locator("visible=true").click()
+        self.page.wait_for_timeout(500)
 
     def field(self, label: str) -> Any:
         return self.page.get_by_label(label, exact=True).locator("visible=true").first
@@ -118,6 +133,14 @@ class Page:
         status = self.page.locator(".status").locator("visible=true").filter(has_text=re.compile(text))
         status.first.wait_for(timeout=1000 * seconds)
         return str(status.first.inner_text())
+
+    def told(self, text: str, seconds: float = 60) -> None:
+        """Waits for a toast that holds this."""
+        end = time.monotonic() + seconds
+        while text not in (toasts := "; ".join(self.page.evaluate("window.toasts"))):
+            status = self.page.locator(".status").locator("visible=true").all_inner_texts()
+            assert time.monotonic() < end, f"no toast of {text!r}, but {toasts!r}; the status is {status}"
+            self.page.wait_for_timeout(100)
 
     def pictures(self, least: int = 1) -> Any:
         """Those that can be seen and are there, once there are so many."""

@@ -201,7 +201,7 @@ def test_every_endpoint_and_nothing_else_is_offered(up, tmp_path):
 
 def test_settings_from_outside_name_no_files():
     """Whoever adds a setting that is text, and might be a place, decides here whether a page may give it."""
-    work, free = load_app("studio.work"), {
+    allowed, free = load_app("studio.allowed"), {
         "dreambooth": {
             "class_prompt", "method", "prompt", "sample_prompts", "sites", "subject",
             "text_sites", "token_init", "tokens",
@@ -212,8 +212,21 @@ def test_settings_from_outside_name_no_files():
     for kind, names in free.items():
         fields = dataclasses.fields(cli.load_pipeline(kind).Config)
         texts = {f.name for f in fields if re.search(r"\bstr\b|Path|Subject", str(f.type))}
-        assert texts & work.open_to_all(kind) == names & texts
-        assert "output" not in work.open_to_all(kind)
+        assert texts & allowed.open_to_all(kind) == names & texts
+        assert not {"output", "threads"} & allowed.open_to_all(kind)
+
+
+def test_no_visitor_asks_for_more_than_the_machine_may_give(tmp_path: Path):
+    studio = load_app("studio.work").Studio(tmp_path / "home")
+    for settings in ({"resolution": 2049}, {"batch": 257}, {"class_images": 10_001}, {"rank": 1e9}, {"steps": 10**7}):
+        name, value = next(iter(settings.items()))
+        with pytest.raises(InputError, match=f"{name} is {value:,}, and the studio takes [0-9,]* at most"):
+            studio.teach("example", settings=settings)
+    with pytest.raises(InputError, match="image_size is 1,025"):
+        studio.learn("example", settings={"image_size": 1025})
+    job = studio.teach("example", settings={"steps": 1_000_000})
+    with pytest.raises(InputError, match="steps is 1,000,001"):
+        studio.extend(job.id, 1_000_001)
 
 
 def test_what_no_page_of_ours_asks_for_is_refused_at_the_door(up):

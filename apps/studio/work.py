@@ -13,7 +13,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from vismodal.errors import InputError
 from vismodal.formats.bases import NAMES
 
 from . import progress
+from .allowed import allowed, bounded
 from .intake import CALLED, Intake, Limits
 from .jobs import RUN, SETTINGS, Jobs
 from .shelf import MADE_ON, Adapter, Shelf
@@ -39,8 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "subject, careful": {"steps": 1000, "rank": 16, "prior": 1.0, "keep": 6},
     "style": {"steps": 1000, "rank": 16, "flip": True, "sites": ["+conv"], "keep": 6},
 }
-# settings that name files without saying so by their type, or that are the server's to choose
-OURS = {"model", "weights", "adapters", "conditions", "resume", "track", "json", "subjects"}
 
 
 class Studio:
@@ -95,7 +93,7 @@ class Studio:
         """Teaches a subject or a style from a set of photos; `settings` are those of dreambooth, over the preset's."""
         if preset not in PRESETS:
             raise InputError(f"there is no preset {preset!r}; choose one of {'; '.join(PRESETS)}")
-        given = {**PRESETS[preset], **self._allowed("dreambooth", settings or {})}
+        given = {**PRESETS[preset], **allowed("dreambooth", settings or {})}
         given |= {"prompt": prompt, "subject": subject, "model": self._model(model)}
         if photos != EXAMPLE:
             given["photos"] = str(self.intake.folder(photos))
@@ -104,6 +102,7 @@ class Studio:
     def extend(self, number: int, length: int) -> Job:
         """More steps in all for a training."""
         job = self.jobs.store.get(number)
+        bounded("steps", int(length))
         self.jobs.extend(job, int(length))
         return self.jobs.store.get(number)
 
@@ -169,7 +168,7 @@ class Studio:
         if len(prompts) * int(count) * max(1, len(sweep) * len(chosen)) > MOST:
             raise InputError(f"these are more than {MOST} pictures; draw fewer at a time")
         given = {
-            **self._allowed("generate", settings or {}),
+            **allowed("generate", settings or {}),
             "prompts": prompts,
             "adapters": [f"{each.name}={each.file}" for each in used],
             "seeds": [secrets.randbelow(2**32) if seed is None else int(seed)],
@@ -217,7 +216,7 @@ class Studio:
         """Adapts a vision model to a set of pictures by class; `settings` are those of classify."""
         if model not in self.vision:
             raise InputError(f"there is no vision model {model!r}; choose one of {', '.join(self.vision)}")
-        given = {**self._allowed("classify", settings or {}), "model": self.vision[model]}
+        given = {**allowed("classify", settings or {}), "model": self.vision[model]}
         if pictures != EXAMPLE:
             given["data"] = str(self.intake.folder(pictures))
         return self._submit("classify", title or "pictures by class", given)
@@ -274,13 +273,6 @@ class Studio:
             raise InputError(f"these adapters were made on another model than {model}; leave the choice to them")
         return base
 
-    def _allowed(self, kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that a page or a client may give."""
-        known = open_to_all(kind)
-        if strange := sorted(settings.keys() - known):
-            raise InputError(f"there is no setting {strange[0]!r} here; there are {', '.join(sorted(known))}")
-        return {name: value for name, value in settings.items() if value is not None}
-
     def _submit(
         self, kind: str, title: str, settings: Mapping[str, Any], beside: Mapping[str, str] | None = None
     ) -> Job:
@@ -298,8 +290,3 @@ class Studio:
         finally:
             shutil.rmtree(draft)
         return self.jobs.submit(kind, title, settings, beside)
-
-
-def open_to_all(kind: str) -> set[str]:
-    """The settings of a command that a page or a client may give: those that are no place on the disk."""
-    return {f.name for f in fields(cli.load_pipeline(kind).Config) if f.name not in OURS and "Path" not in str(f.type)}
