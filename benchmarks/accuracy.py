@@ -52,7 +52,7 @@ from tqdm import tqdm
 import vismodal as vm
 
 SETS = ("cifar10", "fashion10", "flowers5", "handdigits10", "signs43", "textures10")
-RECIPES: Mapping[Model, Recipe] = {"vit-s": Recipe(), "tiny-vit": Recipe(epochs=6, pilot=2)}
+RECIPES: Mapping[Model, Recipe] = {"vit-s": Recipe(), "tiny-vit": Recipe(epochs=4, pilot=1)}
 SEEDS: Mapping[Model, tuple[int, ...]] = {"vit-s": (0, 1, 2), "tiny-vit": (0,)}
 QUICK = Recipe(epochs=1, pilot=1, batch=4)
 BEST = 2  # of the candidates, that run with all seeds
