@@ -200,20 +200,27 @@ def test_kills_at_any_moment_lose_no_job_and_no_step(jobs, tmp_path):
     rest = [jobs.submit("generate", f"{i}", {"steps": 3}) for i in range(rounds)]
     code = WEB.format(root=str(Path(__file__).parents[1]), home=str(jobs.home), script=str(tmp_path / "stand_in.py"))
     killed = 0
+
+    def resume() -> None:
+        """What a web process has found dead, which was killed together with the one before it."""
+        for each in jobs.store.all():
+            if each.state in ("failed", "stopped"):
+                jobs.resume(each)
+
     for number in range(rounds):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as web:
             assert web.stdout is not None and web.stdout.readline() == "up\n"
-            deadline = time.monotonic() + 30
-            while not alive(jobs.folder(job)) or not (jobs.folder(job) / "pid").exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            time.sleep(dice.random() * 0.6)
-            if number % 2:
-                killed += jobs._signal(job, signal.SIGKILL)
-            web.kill()
-        for old in jobs.store.all():
-            if old.state in ("failed", "stopped"):
-                jobs.resume(old)
+            try:
+                deadline = time.monotonic() + 30
+                while not alive(jobs.folder(job)) or not (jobs.folder(job) / "pid").exists():
+                    assert time.monotonic() < deadline, [(each.id, each.state) for each in jobs.store.all()]
+                    resume()
+                    time.sleep(0.01)
+                time.sleep(dice.random() * 0.6)
+                if number % 2:
+                    killed += jobs._signal(job, signal.SIGKILL)
+            finally:
+                web.kill()
     assert killed == rounds // 2
     again = Jobs(jobs.home, command=jobs.command)
 
