@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 import vismodal as vm
 from vismodal.data.pictures import cropped
+from vismodal.table import Listing
 
 
 class Block(nn.Module):
@@ -88,3 +90,57 @@ def test_what_is_trained_beside_the_adapter_is_not_lost_silently(tmp_path: Path)
     base[1].value.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"^1\.value\.weight of the base can be trained.*vm\.Tune"):
         vm.save(adapter, tmp_path / "a.safetensors")
+
+
+# -- mistakes, with what to write instead ------------------------------------------------------------------------------
+
+LORA, W = vm.LoRA(rank=2, sites=("gate.*",)), vm.Weight
+MISTAKES: list[tuple[Callable[[nn.Module, vm.Adapter], object], str]] = [
+    (lambda m, a: vm.LoRA(rank=8.0), "LoRA: rank is of type int, which 8.0 is not"),
+    (lambda m, a: vm.VPT(tokens="8"), "VPT: tokens is of type int, which '8' is not"),
+    (lambda m, a: vm.LoRA(alpha=True), r"alpha is of type float \| None, which True is not"),
+    (lambda m, a: vm.LoRA(sites=3), "sites are names or globs"),
+    (lambda m, a: vm.adapt(m, "lora", sites=SITES), r"'lora' is no method; write e\.g\. vm\.adapt\(model, vm\.LoRA"),
+    (lambda m, a: vm.adapt(m, LORA, ["b"], sites=SITES), r"\['b'\] cannot name an adapter"),
+    (lambda m, a: vm.adapt(m, vm.LoRA(sites="query"), "b", sites=SITES), "modules named 'query' are its gate.q$"),
+    (lambda m, a: vm.adapt(m, vm.CoOp(), "b", sites=SITES), r"offers [^?]*; vm\.methods\(\) says which families CoOp"),
+    (lambda m, a: vm.adapt(m, LORA, "b", sites={Block: W("gate.q", "query.weight")}), "is a tuple; write Block: "),
+    (lambda m, a: vm.adapt(m, LORA, "b", sites={"Block": ()}), "'Block' is no class"),
+    (
+        lambda m, a: vm.adapt(m, LORA, "b", sites={Block: (*SITES[Block], W("gate.out", "valeu.weight"))}),
+        r"Block has no parameter 'valeu\.weight'; it has query\.weight, query\.bias, value\.weight, attn\.",
+    ),
+    (lambda m, a: vm.sites(m, {Block: (vm.Span("block", "", "norm9"),)}), "Block has no module 'norm9'; it has query"),
+    (lambda m, a: vm.sites("vit"), "a str is no module"),
+    (lambda m, a: vm.use(m, ["a"]), r"\['a'\] is no name; write names one by one: vm\.use\(model, 'a', 'b'\)"),
+    (lambda m, a: vm.route(m, "a").__enter__(), "no rows are given; write a name for each"),
+    (lambda m, a: vm.route(m, [a]).__enter__(), "is neither a name nor None"),
+    (lambda m, a: setattr(a, "scale", float("nan")), "scale must be finite, not nan"),
+    (lambda m, a: vm.save(m, "a.safetensors"), "a Sequential is no adapter; write vm.save"),
+    (lambda m, a: vm.save(a, "."), r"\. is a folder; name the file in it: a\.safetensors"),
+    (lambda m, a: vm.save(a, "a.safetensors", {"classes": 3}), "metadata are strings, which 'classes' is not"),
+    (lambda m, a: vm.load(m, "."), "no adapter file .; that is a folder"),
+    (lambda m, a: vm.load("a.safetensors", m), "a str is no module"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "says"), MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
+def test_mistakes(mistake: Callable[[nn.Module, vm.Adapter], object], says: str) -> None:
+    base = model()
+    adapter = adapt(base, "gate.q", "a")
+    with pytest.raises(vm.InputError, match=says):
+        mistake(base, adapter)
+
+
+def test_a_setting_that_no_adapter_has_is_an_error() -> None:
+    adapter = adapt(model(), "gate.q")
+    with pytest.raises(AttributeError):
+        adapter.enable = False  # type: ignore[attr-defined]
+    adapter.detach()
+    assert repr(adapter) == "Adapter('default', detached)"
+
+
+def test_a_list_of_sites_is_as_good_as_a_tuple_and_prints_as_a_table() -> None:
+    assert vm.LoRA(sites=["attn.q", "attn.v"]) == vm.LoRA()  # type: ignore[arg-type]
+    assert repr(vm.sites({"a": model()}, SITES)).splitlines()[2].split()[:3] == ["gate.q", "a.0.query", "8x8"]
+    assert repr(Listing(["family"], [["timm"]])).startswith("family")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from vismodal.sharding import spread_like, whole
 
 class Adapter:
     """One named adaptation of one model, or of several under one name."""
+
+    __slots__ = ("models", "name")  # `adapter.enable = False` is an error, not an attribute that nobody reads
 
     def __init__(self, models: dict[str, nn.Module], name: str):
         self.name = name
@@ -151,6 +154,8 @@ class Adapter:
         methods = self.methods.values()
         alone = all(m.whole for m in methods)  # beside others such a method acts in full; by itself it has no half
         fixed = [type(m).__name__ for m in methods if not m.interpolates and (alone or not m.whole)]
+        if not math.isfinite(scale):
+            raise InputError(f"scale must be finite, not {scale}")
         if fixed and scale not in (0, 1):
             raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
@@ -313,6 +318,9 @@ class Adapter:
         return unused(self)
 
     def __repr__(self) -> str:
+        there = all(BANK in m._modules and self.name in bank_of(m).attached for m in self.models.values())
+        if not there:
+            return f"Adapter({self.name!r}, detached)"
         return f"Adapter({self.name!r}, {', '.join(map(repr, self.methods.values()))})"
 
     def __str__(self) -> str:

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch import nn
 
+from vismodal.discover import check_rows
 from vismodal.errors import InputError
 from vismodal.site import COMMON, Table, lookup
 
@@ -26,8 +27,9 @@ FAMILIES: Mapping[str, str] = {
 def table(model: nn.Module, sites: Table | None = None) -> Table:
     """The merged table for the libraries whose classes stand in the model; `sites` has the last word.
 
-    Raises `InputError` where nothing in the model is known.
+    Raises `InputError` where nothing in the model is known, or `sites` names what its classes do not have.
     """
+    check_rows(model, sites or {})
     classes = {c for m in model.modules() for c in type(m).__mro__}
     merged: dict[type[nn.Module], tuple] = dict(COMMON)
     for root in {c.__module__.partition(".")[0] for c in classes} & FAMILIES.keys():
