@@ -92,6 +92,29 @@ def test_what_is_trained_beside_the_adapter_is_not_lost_silently(tmp_path: Path)
         vm.save(adapter, tmp_path / "a.safetensors")
 
 
+def test_a_head_that_is_not_in_the_file_is_told_apart(tmp_path: Path) -> None:
+    """A model made anew has another random head: LoRA alone, loaded there, would guess."""
+
+    def classifier(head: int) -> nn.Sequential:
+        base = model().append(nn.Linear(8, 3))
+        nn.init.normal_(base[2].weight, generator=torch.Generator().manual_seed(head))
+        return base
+
+    table = {**SITES, nn.Sequential: (vm.Weight("head", "2.weight"), vm.Weight("head", "2.bias"))}
+    methods = [vm.LoRA(rank=2, sites=("gate.q",)), vm.Tune(sites=("head",))]
+    whole = vm.save(vm.adapt(classifier(0), methods, sites=table), tmp_path / "whole.safetensors")
+    base = classifier(0)
+    lora = vm.adapt(base, methods[0], sites=table)
+    with torch.no_grad():
+        base[2].weight.mul_(2)  # trained by hand: it counts as it is when it is saved
+    path = vm.save(lora, tmp_path / "lora.safetensors")
+    for head, file in ((0, whole), (1, whole)):  # no warning, which would be an error here
+        vm.load(classifier(head), file, sites=table)
+    vm.load(base, path, "again", sites=table)
+    with pytest.warns(UserWarning, match=r"holds no head, and this Sequential has another one.*vm\.Tune"):
+        vm.load(classifier(1), path, sites=table)
+
+
 # -- mistakes, with what to write instead ------------------------------------------------------------------------------
 
 LORA, W = vm.LoRA(rank=2, sites=("gate.*",)), vm.Weight

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vismodal.bank import Attached, bank_of, detach
 from vismodal.dead import unused
 from vismodal.errors import InputError
-from vismodal.fingerprint import BANK, Fingerprint
+from vismodal.fingerprint import BANK, Fingerprint, head_of
 from vismodal.limit import Limit
 from vismodal.methods import METHODS, Method
 from vismodal.pruning import Pruned, prune
@@ -46,13 +46,19 @@ class Adapter:
         """Every module by "slot/site"."""
         return {key: module for part in self._parts for key, module in part.modules.items()}
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each module's site, by "slot/site"."""
+        return {key: kind for part in self._parts for key, kind in part.sites.items()}
+
     def _all_modules(self) -> dict[str, nn.Module]:
         return self.modules | {key: module for part in self._parts for key, module in part.shared.items()}
 
     @property
     def bases(self) -> dict[str, Fingerprint]:
-        """Fingerprints of the base models, by prefix."""
-        return {prefix: bank_of(m).base for prefix, m in self.models.items()}
+        """Fingerprints of the base models, by prefix: as they were before, with the heads that they have now."""
+        banks = {prefix: (m, bank_of(m)) for prefix, m in self.models.items()}
+        return {prefix: bank.base._replace(head=head_of(m, bank.heads)) for prefix, (m, bank) in banks.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for key, module in self._all_modules().items():
@@ -326,7 +332,7 @@ class Adapter:
     def __str__(self) -> str:
         from vismodal.table import table
 
-        kinds = {key: kind for part in self._parts for key, kind in part.sites.items()}
+        kinds = self.kinds
         rows = [
             [key.partition("/")[2], kinds[key], type(self.methods[key.partition("/")[0]]).__name__, f"{_count(m):,}"]
             for key, m in self.modules.items()

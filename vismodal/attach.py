@@ -182,7 +182,10 @@ def _check_disjoint(models: Mapping[str, nn.Module]) -> None:
 
 def _check(model: nn.Module, name: str) -> None:
     if any(hasattr(m, "_hf_hook") for m in model.modules()):
-        raise InputError("the model is offloaded by accelerate; call adapt before any offloading or dispatching")
+        raise InputError(
+            "the model is offloaded by accelerate; call adapt before any offloading or dispatching, and load "
+            "without a device_map: model.to(device)"
+        )
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise InputError("the parameters are sharded (DTensor); call adapt before fully_shard")
     if BANK not in model._modules and any(is_ported(m) for m in model.modules()):

@@ -76,7 +76,8 @@ def load(
         sites: as for `adapt`.
 
     Raises `InputError` where the file is none of ours, or the model's parameters have other names or shapes than those
-    it was made on. Other values (another checkpoint of the same architecture) only warn.
+    it was made on. Other values (another checkpoint of the same architecture) only warn, and so does another head where
+    the file has none.
     """
     models = models_of(model)
     return restore(models, *read(path), path, name, trainable=trainable, sites=sites)
@@ -104,7 +105,7 @@ def restore(
         raise InputError(f"{path} does not fit: {error}") from None
     try:
         for prefix, base in bases.items():
-            _compare(base, adapter.bases[prefix], path)
+            _compare(base, adapter.bases[prefix], path, "head" in adapter.kinds.values())
         adapter.load_state_dict(tensors)
     except InputError as error:
         adapter.detach()
@@ -125,11 +126,17 @@ def described(header: Mapping[str, str]) -> tuple[dict[str, Method], dict[str, F
         raise InputError(f"the header of a file of vismodal is broken: {error!r}") from error
 
 
-def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path) -> None:
+def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path, has_head: bool) -> None:
     if made_on.shapes != given.shapes:
         raise InputError(f"it was made on {made_on.name}, and {given.name} has other parameter names or shapes")
     if not made_on.same_values(given):
         message = f"{path} was made on another checkpoint of {made_on.name}: same shapes, other values"
+        warnings.warn(message, stacklevel=4)
+    elif not has_head and not made_on.same_head(given):
+        message = (
+            f"{path} holds no head, and this {given.name} has another one than it was trained with: load that one into "
+            "the base, or have the adapter train its own: [vm.LoRA(), vm.Tune(sites=('head',))]"
+        )
         warnings.warn(message, stacklevel=4)
 
 
