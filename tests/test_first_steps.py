@@ -126,7 +126,9 @@ MISTAKES: list[tuple[Callable[[nn.Module, vm.Adapter], object], str]] = [
     (lambda m, a: vm.adapt(m, "lora", sites=SITES), r"'lora' is no method; write e\.g\. vm\.adapt\(model, vm\.LoRA"),
     (lambda m, a: vm.adapt(m, LORA, ["b"], sites=SITES), r"\['b'\] cannot name an adapter"),
     (lambda m, a: vm.adapt(m, vm.LoRA(sites="query"), "b", sites=SITES), "modules named 'query' are its gate.q$"),
-    (lambda m, a: vm.adapt(m, vm.CoOp(), "b", sites=SITES), r"offers [^?]*; vm\.methods\(\) says which families CoOp"),
+    (lambda m, a: vm.adapt(m, vm.CoOp(), "b", sites=SITES), r"offers [^?]*; CoOp fits none of them; vm\.methods\(\)"),
+    (lambda m, a: vm.adapt(m, vm.Convpass(), "b", sites=SITES), "no site of kind 'attn' .*Convpass fits none of them"),
+    (lambda m, a: vm.adapt(m, vm.SSF(), "b", sites=SITES), "no site of kind 'embed' .*SSF fits gate.q, gate.v, attn.q"),
     (lambda m, a: vm.adapt(m, LORA, "b", sites={Block: W("gate.q", "query.weight")}), "is a tuple; write Block: "),
     (lambda m, a: vm.adapt(m, LORA, "b", sites={"Block": ()}), "'Block' is no class"),
     (
@@ -153,6 +155,14 @@ def test_mistakes(mistake: Callable[[nn.Module, vm.Adapter], object], says: str)
     adapter = adapt(base, "gate.q", "a")
     with pytest.raises(vm.InputError, match=says):
         mistake(base, adapter)
+
+
+def test_the_example_for_an_unknown_model_runs() -> None:
+    with pytest.raises(vm.InputError, match="Sequential is of no known family") as error:
+        vm.adapt(model(), vm.LoRA())
+    example = str(error.value).partition("e.g. ")[2]
+    made = eval(example, {"vm": vm, "model": model(), "Block": Block})
+    assert list(made.modules) == ["lora/0.query", "lora/1.query"]
 
 
 def test_a_setting_that_no_adapter_has_is_an_error() -> None:

@@ -166,7 +166,9 @@ def _select(sites: Sequence[Site], method: Method) -> list[Site]:
     except InputError as error:
         default, there = type(method)().sites, method.takes(sites)
         if method.sites == default and not there and "head" not in default:
-            raise InputError(f"{error}; vm.methods() says which families {type(method).__name__} is for") from None
+            kinds = dict.fromkeys(s.kind for s in sites if not s.blocked and method.fits(s))
+            fits = ", ".join(kinds) if kinds else "none of them; vm.methods() says which families it is for"
+            raise InputError(f"{error}; {type(method).__name__} fits {fits}") from None
         if method.sites != default or there in ((), default):
             raise
         raise InputError(f"{error}; {type(method).__name__} goes here with sites={there}") from None
