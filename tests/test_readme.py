@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from tiny_diffusion import tiny_pipeline
 
 import vismodal as vm
+from vismodal import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -29,6 +31,24 @@ def test_code_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for online, offline in OFFLINE.items():
         block = block.replace(online, offline)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("vismodal ")])
+def test_commands_are_understood(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    name = next(" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in cli.COMMANDS)
+    command, rest = cli.COMMANDS[name], words[len(name.split()) :]
+    pipeline = (cli.load_app if command.app else cli.load_pipeline)(command.pipeline)
+    if rest != ["--help"]:
+        assert isinstance(cli.parse(pipeline.Config, name, rest), pipeline.Config)
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)", README)
+    assert links and all((Path(__file__).parents[1] / link).exists() for link in links)
 
 
 def test_every_substitution_is_still_there() -> None:

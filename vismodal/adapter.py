@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vismodal.bank import Attached, bank_of, detach
 from vismodal.dead import unused
 from vismodal.errors import InputError
-from vismodal.fingerprint import BANK, Fingerprint
+from vismodal.fingerprint import BANK, Fingerprint, head_of
 from vismodal.limit import Limit
 from vismodal.methods import METHODS, Method
 from vismodal.pruning import Pruned, prune
@@ -21,6 +22,8 @@ from vismodal.sharding import spread_like, whole
 
 class Adapter:
     """One named adaptation of one model, or of several under one name."""
+
+    __slots__ = ("models", "name")  # `adapter.enable = False` is an error, not an attribute that nobody reads
 
     def __init__(self, models: dict[str, nn.Module], name: str):
         self.name = name
@@ -43,13 +46,19 @@ class Adapter:
         """Every module by "slot/site"."""
         return {key: module for part in self._parts for key, module in part.modules.items()}
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each module's site, by "slot/site"."""
+        return {key: kind for part in self._parts for key, kind in part.sites.items()}
+
     def _all_modules(self) -> dict[str, nn.Module]:
         return self.modules | {key: module for part in self._parts for key, module in part.shared.items()}
 
     @property
     def bases(self) -> dict[str, Fingerprint]:
-        """Fingerprints of the base models, by prefix."""
-        return {prefix: bank_of(m).base for prefix, m in self.models.items()}
+        """Fingerprints of the base models, by prefix: as they were before, with the heads that they have now."""
+        banks = {prefix: (m, bank_of(m)) for prefix, m in self.models.items()}
+        return {prefix: bank.base._replace(head=head_of(m, bank.heads)) for prefix, (m, bank) in banks.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for key, module in self._all_modules().items():
@@ -151,6 +160,8 @@ class Adapter:
         methods = self.methods.values()
         alone = all(m.whole for m in methods)  # beside others such a method acts in full; by itself it has no half
         fixed = [type(m).__name__ for m in methods if not m.interpolates and (alone or not m.whole)]
+        if not math.isfinite(scale):
+            raise InputError(f"scale must be finite, not {scale}")
         if fixed and scale not in (0, 1):
             raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
@@ -313,12 +324,15 @@ class Adapter:
         return unused(self)
 
     def __repr__(self) -> str:
+        there = all(BANK in m._modules and self.name in bank_of(m).attached for m in self.models.values())
+        if not there:
+            return f"Adapter({self.name!r}, detached)"
         return f"Adapter({self.name!r}, {', '.join(map(repr, self.methods.values()))})"
 
     def __str__(self) -> str:
         from vismodal.table import table
 
-        kinds = {key: kind for part in self._parts for key, kind in part.sites.items()}
+        kinds = self.kinds
         rows = [
             [key.partition("/")[2], kinds[key], type(self.methods[key.partition("/")[0]]).__name__, f"{_count(m):,}"]
             for key, m in self.modules.items()

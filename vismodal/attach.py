@@ -27,12 +27,12 @@ from vismodal.site import Site, Sites, Table
 Models = nn.Module | Mapping[str, nn.Module]
 
 
-def sites(model: nn.Module, sites: Table | None = None) -> Sites:
-    """What the model offers: a list of bound sites that prints as a table.
+def sites(model: Models, sites: Table | None = None) -> Sites:
+    """What the model, or several by prefix, offers: a list of bound sites that prints as a table.
 
     `sites` adds rows for classes that no family knows: `{MyBlock: (Weight("attn.q", "query.weight"), ...)}`.
     """
-    found = discover(model, family_table(model, sites))
+    found = [s for prefix, m in models_of(model).items() for s in discover(m, family_table(m, sites), prefix)]
     return Sites(found, lambda site: ", ".join(m.__name__ for m in METHODS if _fits(m, site)))
 
 
@@ -50,6 +50,8 @@ def adapt(
     seed: int | None = None,
 ) -> Adapter:
     """Freeze the model and attach one method, or a list of them, as one trainable adapter.
+
+    It acts at once, beside the adapters that do already; `use(model, name)` has it act alone.
 
     Args:
         model: a module, or several by prefix: {"unet": unet, "text_encoder": text_encoder}.
@@ -70,7 +72,7 @@ def adapt(
     shared: dict[str, nn.Module] = {}
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone, where all is drawn
         for slot, each in methods.items():
             chosen = _select([s for f in found.values() for s in f], each)
             modules, common = each.build(chosen)
@@ -102,6 +104,8 @@ def use(model: Models, *names: str) -> None:
     models = models_of(model).values()
     there = {n for m in models if BANK in m._modules for n in bank_of(m).attached}
     for name in names:
+        if not isinstance(name, str):
+            raise InputError(f"{name!r} is no name; write names one by one: vm.use(model, 'a', 'b')")
         if name not in there:
             raise InputError(f"no adapter {name!r} on this model, which has {', '.join(sorted(there)) or 'none'}")
         if names.count(name) > 1:
@@ -128,11 +132,10 @@ def models_of(model: Models) -> dict[str, nn.Module]:
             parts = [n for n in ("unet", "transformer", "text_encoder") if isinstance(getattr(m, n, None), nn.Module)]
             hint = ", ".join(f'"{n}": pipe.{n}' for n in parts)
             raise InputError(f"a {type(m).__name__} is no module" + (f"; write {{{hint}}}" if hint else ""))
-        if type(m).__name__ in WRAPPERS or m._compiled_call_impl is not None:
-            inner = WRAPPERS.get(type(m).__name__)
-            where = f"it holds the model at .{inner}" if inner else "it was compiled in place"
+        if type(m).__name__ in WRAPPERS:
             raise InputError(
-                f"this is a {type(m).__name__}: use the plain model, and adapt it before wrapping; {where}"
+                f"this is a {type(m).__name__}: use the plain model, and adapt it before wrapping; it holds the model "
+                f"at .{WRAPPERS[type(m).__name__]}"
             )
     return models
 
@@ -146,7 +149,7 @@ WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module",
 def slots(methods: object) -> dict[str, Method]:
     """A list of methods by the names of their slots: "lora", "tune", "lora_1". Raises `InputError` for what is none."""
     found: dict[str, Method] = {}
-    for method in methods if isinstance(methods, Iterable) else (methods,):
+    for method in methods if isinstance(methods, Iterable) and not isinstance(methods, str) else (methods,):
         if not isinstance(method, Method):
             raise InputError(f"{method!r} is no method; write e.g. vm.adapt(model, vm.LoRA(rank=8))")
         slot = name = type(method).__name__.lower()
@@ -163,6 +166,10 @@ def _select(sites: Sequence[Site], method: Method) -> list[Site]:
         return select(sites, method.sites, method.where, method.layers, method.fits)
     except InputError as error:
         default, there = type(method)().sites, method.takes(sites)
+        if method.sites == default and not there and "head" not in default:
+            kinds = dict.fromkeys(s.kind for s in sites if not s.blocked and method.fits(s))
+            fits = ", ".join(kinds) if kinds else "none of them; vm.methods() says which families it is for"
+            raise InputError(f"{error}; {type(method).__name__} fits {fits}") from None
         if method.sites != default or there in ((), default):
             raise
         raise InputError(f"{error}; {type(method).__name__} goes here with sites={there}") from None
@@ -178,14 +185,17 @@ def _check_disjoint(models: Mapping[str, nn.Module]) -> None:
 
 def _check(model: nn.Module, name: str) -> None:
     if any(hasattr(m, "_hf_hook") for m in model.modules()):
-        raise InputError("the model is offloaded by accelerate; call adapt before any offloading or dispatching")
+        raise InputError(
+            "the model is offloaded by accelerate; call adapt before any offloading or dispatching, and load "
+            "without a device_map: model.to(device)"
+        )
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise InputError("the parameters are sharded (DTensor); call adapt before fully_shard")
     if BANK not in model._modules and any(is_ported(m) for m in model.modules()):
         raise InputError(
             "a part of this model, or a whole that it is part of, is adapted; adapt that one, or detach it"
         )
-    if not name or any(c in name for c in "./"):
+    if not isinstance(name, str) or not name or any(c in name for c in "./"):
         raise InputError(f"{name!r} cannot name an adapter: write a name without dots or slashes")
     if BANK in model._modules and name in bank_of(model).attached:
         raise InputError(f"the model has an adapter {name!r} already; choose another name, or detach that one first")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from vismodal.errors import InputError
@@ -86,9 +88,14 @@ class Bank(nn.Module):
             port.set(live, merged)
 
     def rehook(self) -> None:
-        """Hooks of all ports anew, in an order that does not depend on which adapter came first."""
+        """Hooks of all ports anew, in an order that does not depend on which adapter came first.
+
+        What was compiled before would go on without them, since it guards no hooks (`skip_nnmodule_hook_guards`).
+        """
         for port in sorted(self.ports.values(), key=lambda port: port.order):
             port.rehook()
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
 
     def act(self, names: Sequence[str]) -> None:
         """The adapters that act from now on; what wants gradients stays."""

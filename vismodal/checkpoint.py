@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vismodal.adapter import Adapter
-from vismodal.attach import Models, adapt
+from vismodal.attach import Models, adapt, models_of
 from vismodal.errors import InputError
 from vismodal.files import write_tensors
-from vismodal.fingerprint import Fingerprint
+from vismodal.fingerprint import BANK, Fingerprint
 from vismodal.methods import METHODS, Method
 from vismodal.site import Table
 
@@ -32,8 +32,23 @@ def save(adapter: Adapter, path: str | Path, metadata: Mapping[str, str] | None 
     Args:
         adapter: live or merged, on any device.
         path: a `.safetensors` file; its folder is made where it is missing.
-        metadata: further header entries, such as classes or a prompt.
+        metadata: further header entries, such as classes or a prompt: strings.
+
+    Base parameters that were unfrozen by hand are in no adapter, and so not in its file: they are warned of.
     """
+    if not isinstance(adapter, Adapter):
+        raise InputError(f"a {type(adapter).__name__} is no adapter; write vm.save(vm.attached(model)['NAME'], path)")
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder; name the file in it: {Path(path) / adapter.name}.safetensors")
+    if wrong := [key for key, value in (metadata or {}).items() if not isinstance(value, str)]:
+        raise InputError(f"metadata are strings, which {wrong[0]!r} is not; write json.dumps({wrong[0]})")
+    free = [n for m in adapter.models.values() for n, p in m.named_parameters() if p.requires_grad and BANK not in n]
+    if free:
+        warnings.warn(
+            f"{', '.join(free[:2])}{' ...' if free[2:] else ''} of the base can be trained, and no adapter's file "
+            "holds that; have vm.Tune train it: vm.adapt(model, [vm.LoRA(), vm.Tune(sites=('head',))])",
+            stacklevel=2,
+        )
     return write_tensors(Path(path), adapter.state_dict(), header_of(adapter.methods, adapter.bases, metadata))
 
 
@@ -52,7 +67,7 @@ def header_of(
 def load(
     model: Models, path: str | Path, name: str | None = None, *, trainable: bool = False, sites: Table | None = None
 ) -> Adapter:
-    """Attach the adapter of a file to its base model; frozen unless `trainable`.
+    """Attach the adapter of a file to its base model; frozen unless `trainable`. It acts at once, as with `adapt`.
 
     Args:
         model: the base, or several by the prefixes that the file names.
@@ -61,9 +76,11 @@ def load(
         sites: as for `adapt`.
 
     Raises `InputError` where the file is none of ours, or the model's parameters have other names or shapes than those
-    it was made on. Other values (another checkpoint of the same architecture) only warn.
+    it was made on. Other values (another checkpoint of the same architecture) only warn, and so does another head where
+    the file has none.
     """
-    return restore(model, *read(path), path, name, trainable=trainable, sites=sites)
+    models = models_of(model)
+    return restore(models, *read(path), path, name, trainable=trainable, sites=sites)
 
 
 def restore(
@@ -88,7 +105,7 @@ def restore(
         raise InputError(f"{path} does not fit: {error}") from None
     try:
         for prefix, base in bases.items():
-            _compare(base, adapter.bases[prefix], path)
+            _compare(base, adapter.bases[prefix], path, "head" in adapter.kinds.values())
         adapter.load_state_dict(tensors)
     except InputError as error:
         adapter.detach()
@@ -109,18 +126,25 @@ def described(header: Mapping[str, str]) -> tuple[dict[str, Method], dict[str, F
         raise InputError(f"the header of a file of vismodal is broken: {error!r}") from error
 
 
-def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path) -> None:
+def _compare(made_on: Fingerprint, given: Fingerprint, path: str | Path, has_head: bool) -> None:
     if made_on.shapes != given.shapes:
         raise InputError(f"it was made on {made_on.name}, and {given.name} has other parameter names or shapes")
     if not made_on.same_values(given):
         message = f"{path} was made on another checkpoint of {made_on.name}: same shapes, other values"
+        warnings.warn(message, stacklevel=4)
+    elif not has_head and not made_on.same_head(given):
+        message = (
+            f"{path} holds no head, and this {given.name} has another one than it was trained with: load that one into "
+            "the base, or have the adapter train its own: [vm.LoRA(), vm.Tune(sites=('head',))]"
+        )
         warnings.warn(message, stacklevel=4)
 
 
 def read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Header and tensors of an adapter file. Raises `InputError` where it is missing, broken or none of ours."""
     if not Path(path).is_file():
-        raise InputError(f"no adapter file {path}")
+        folder = "; that is a folder, name the file in it" if Path(path).is_dir() else ""
+        raise InputError(f"no adapter file {path}{folder}")
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}

@@ -62,6 +62,34 @@ def discover(model: nn.Module, table: Table, prefix: str = "") -> list[Site]:
     return [replace(s, within=_within(s, sites)) if s.span is not None and s.index is None else s for s in sites]
 
 
+def check_rows(model: nn.Module, table: Table) -> None:
+    """Raises `InputError` for rows that say something of a class in the model which none of its instances has.
+
+    For a user's table: in a family's, a row holds for several versions of a class, and what one lacks drops out.
+    """
+    for cls, entries in table.items():
+        if not isinstance(cls, type):
+            raise InputError(f"sites: {cls!r} is no class; write the class of a module, such as {{MyBlock: (...)}}")
+        if not isinstance(entries, tuple | list):
+            raise InputError(f"sites: what {cls.__name__} offers is a tuple; write {cls.__name__}: ({entries},)")
+        instances = [m for m in model.modules() if lookup(type(m), table) is entries]
+        for path, what in (p for e in entries if instances for p in _paths(e)):
+            head, _, name = path.rpartition(".") if what == "parameter" else (path, "", "")
+            owners = [_submodule(m, head) for m in instances]
+            if not any(owner is not None and (not name or hasattr(owner, name)) for owner in owners):
+                first = instances[0]
+                there = first.named_parameters() if name else first.named_modules()
+                offers = ", ".join(filter(None, (n for n, _ in there))) or "none"
+                raise InputError(f"sites: {cls.__name__} has no {what} {path!r}; it has {offers}")
+
+
+def _paths(entry: Entry) -> list[tuple[str, str]]:
+    """What an entry names in its module."""
+    if isinstance(entry, Weight):
+        return [(entry.param, "parameter")]
+    return [(path, "module") for path in (entry.enter, entry.exit)] if isinstance(entry, Span) else []
+
+
 def _within(span: Site, sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites in the blocks of the span's tower, below the module that declares the span."""
     inside = f"{span.path}." if span.path else ""
@@ -301,7 +329,7 @@ def _of_kind(kind: str, sites: Sequence[Site], fits: Callable[[Site], bool]) -> 
     exact = [s for s in exact if s.slot != "bias" or s.target not in weights or fits(s)]
     matches = exact or [s for s in sites if not s.whole and fnmatchcase(s.kind, kind) and (s.blocked or fits(s))]
     if not matches:
-        raise InputError(_no_kind(kind, sites))
+        raise InputError(_no_kind(kind, sites, fits))
     return matches
 
 
@@ -309,15 +337,19 @@ def _in_layers(site: Site, layers: slice | None) -> bool:
     return layers is None or (site.index is not None and site.index in range(site.depth)[layers])
 
 
-def _no_kind(kind: str, sites: Sequence[Site]) -> str:
+def _no_kind(kind: str, sites: Sequence[Site], fits: Callable[[Site], bool]) -> str:
     if kind == "head":
         return (
             "no head is known in this model; make one, e.g. with timm's model.reset_classifier(num_classes), or say "
             "where it is with sites={Model: (vm.Weight('head', 'fc.weight'),)}"
         )
     offered = sorted({s.kind for s in sites})
-    close = difflib.get_close_matches(kind, offered, 1)
+    fitting = [s for s in sites if not s.blocked and fits(s)]
+    named = sorted({s.kind for s in fitting if s.kind != "bias" and kind in s.path.split(".")})
+    close = difflib.get_close_matches(kind, sorted({s.kind for s in fitting}), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
+    if named:  # kinds are the same for all models, names of modules are not
+        hint = f"; modules named {kind!r} are its {', '.join(named)}"
     return f"no site of kind {kind!r} in this model, which offers {', '.join(offered) or 'none'}{hint}"
 
 

@@ -46,7 +46,7 @@ def route(model: Models, rows: Sequence[Row]) -> Iterator[None]:
     that is not made of rows. Gradient checkpointing is refused in the backward pass.
     """
     models = [m for m in models_of(model).values() if BANK in m._modules]
-    wanted = [_names(row) for row in rows]
+    wanted = [_names(row) for row in ([] if isinstance(rows, str) else rows)]
     _check(models, wanted)
     with ExitStack() as stack:
         for each in models:
@@ -55,7 +55,10 @@ def route(model: Models, rows: Sequence[Row]) -> Iterator[None]:
 
 
 def _names(row: Row) -> tuple[str, ...]:
-    return () if row is None else (row,) if isinstance(row, str) else tuple(row)
+    names = () if row is None else (row,) if isinstance(row, str) else row
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{row!r} is neither a name nor None nor several names")
+    return tuple(names)
 
 
 def _check(models: Sequence[nn.Module], rows: Sequence[tuple[str, ...]]) -> None:

@@ -248,6 +248,9 @@ class Sites(list[Site]):
         super().__init__(sites)
         self.fits = fits
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         from vismodal.table import table
 

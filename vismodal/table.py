@@ -28,12 +28,15 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Listing:
     """Rows that print as a table; `markdown()` is the same for a README."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         return table(self.head, self.rows)

@@ -105,7 +105,7 @@ def cropped(image: Image.Image, size: int, *key: int | str) -> Image.Image:
         v2.RandomHorizontalFlip(),
     ])  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        torch.manual_seed(seed_of(*key))
+        torch.default_generator.manual_seed(seed_of(*key))
         changed: Image.Image = transform(image)
     return changed
 

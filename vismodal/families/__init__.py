@@ -11,6 +11,7 @@ from types import ModuleType
 
 from torch import nn
 
+from vismodal.discover import check_rows
 from vismodal.errors import InputError
 from vismodal.site import COMMON, Table, lookup
 
@@ -26,8 +27,9 @@ FAMILIES: Mapping[str, str] = {
 def table(model: nn.Module, sites: Table | None = None) -> Table:
     """The merged table for the libraries whose classes stand in the model; `sites` has the last word.
 
-    Raises `InputError` where nothing in the model is known.
+    Raises `InputError` where nothing in the model is known, or `sites` names what its classes do not have.
     """
+    check_rows(model, sites or {})
     classes = {c for m in model.modules() for c in type(m).__mro__}
     merged: dict[type[nn.Module], tuple] = dict(COMMON)
     for root in {c.__module__.partition(".")[0] for c in classes} & FAMILIES.keys():
@@ -40,12 +42,21 @@ def table(model: nn.Module, sites: Table | None = None) -> Table:
 
 
 def _unknown(model: nn.Module) -> str:
-    block = next((type(m).__name__ for m in model.modules() if m is not model and list(m.children())), "MyBlock")
+    """An example that runs: the class that most often holds layers, and its first one."""
+    held = [(type(m), n) for m in model.modules() for n, child in m.named_children() if _is_layer(child)]
+    own = [c for c, _ in held if not c.__module__.startswith("torch.nn.")]
+    block = max(own, key=own.count, default=None)
+    cls, name = ("MyBlock", "query") if block is None else (block.__name__, next(n for c, n in held if c is block))
     return (
-        f"{type(model).__name__} is of no known family ({', '.join(FAMILIES)}); say where its sites are, e.g. "
-        f'adapt(model, method, sites={{{block}: (vm.Weight("attn.q", "query.weight"), vm.Weight("mlp.up", '
-        f'"fc1.weight"))}})'
+        f"{type(model).__name__} is of no known family (vm.families() lists them); say where its sites are, by names "
+        f'of your own or of theirs, e.g. vm.adapt(model, vm.LoRA(sites=("{name}",)), sites={{{cls}: '
+        f'(vm.Weight("{name}", "{name}.weight"),)}})'
     )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() > 1
 
 
 def installed() -> list[ModuleType]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -124,6 +125,9 @@ class Built(NamedTuple):
     shared: nn.Module | None = None
 
 
+_NUMBERS: Mapping[str, type] = {"int": Integral, "float": Real}  # numpy's too; True is none
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Method:
     """Fields that every method has.
@@ -151,10 +155,19 @@ class Method:
     def __post_init__(self) -> None:
         name = type(self).__name__
         for given, what in ((self.sites, "sites"), (self.where, "where")):
-            if isinstance(given, str) and what == "sites":
-                object.__setattr__(self, what, (given,))  # one kind may come without the tuple
-            elif not given:
+            if not given:
                 raise InputError(f"{name}: {what} is empty, so nothing could attach")
+            listed = (given,) if isinstance(given, str) else given
+            if not isinstance(listed, tuple | list) or not all(isinstance(each, str) for each in listed):
+                raise InputError(f'{name}: {what} are names or globs, such as ("attn.q", "mlp.*"), not {given!r}')
+            if what == "sites" or not isinstance(given, str):  # one kind may come without the tuple
+                object.__setattr__(self, what, tuple(listed))
+        for f in fields(self):
+            value, kind = getattr(self, f.name), _NUMBERS.get(str(f.type).removesuffix(" | None"))
+            if kind is None or (value is None and str(f.type).endswith("None")):
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise InputError(f"{name}: {f.name} is of type {f.type}, which {value!r} is not")
         if self.layers is not None and not isinstance(self.layers, slice):
             raise InputError(f"{name}: layers must be a slice such as slice(-4, None), not {self.layers!r}")
 
