@@ -317,6 +317,16 @@ def test_a_picture_that_was_moved_needs_its_adapters_again(config: Config, files
         main(Config(like=moved, model=config.model, output=tmp_path / "b"))
 
 
+def test_a_picture_in_half_precision_is_drawn_again_in_it(config: Config, tmp_path: Path) -> None:
+    half = main(replace(config, adapters=config.adapters[:1], mixed_precision="bf16")).pictures[0]
+    again, whole = (
+        main(Config(like=half, model=config.model, mixed_precision=precision, output=tmp_path / str(precision)))
+        for precision in (None, "no")
+    )
+    assert np.array_equal(pixels(again.pictures[0]), pixels(half))
+    assert not np.array_equal(pixels(whole.pictures[0]), pixels(half))
+
+
 def test_pictures_without_settings(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("no picture")
