@@ -21,8 +21,8 @@ from vismodal.train import Micro
 class Prompts:
     """Prompts as the denoiser's text arguments: with `cache` encoded once each, by encoders that stay as they are.
 
-    Frozen encoders see one prompt at a time and no autocast, as in the pipeline: what they say is the same to the bit,
-    kept or not.
+    Autocast is left out: what the encoders say is what they say in the pipeline, and T5 stays finite in fp16. Frozen
+    ones see one prompt at a time, so that it is the same to the bit, kept or not.
     """
 
     def __init__(self, pipe: Pipe, cache: bool) -> None:
@@ -33,13 +33,14 @@ class Prompts:
         """One row for each prompt."""
         kind = kind_of(self.pipe)
         readers = kind.readers(self.pipe).values()
-        if not self.cache and any(p.requires_grad for reader in readers for p in reader.parameters()):
-            return encode_prompts(self.pipe, prompts)
+        learning = not self.cache and any(p.requires_grad for reader in readers for p in reader.parameters())
         known = self.cached if self.cache else dict[str, Texts]()
-        with torch.no_grad(), torch.autocast(kind.model(self.pipe).device.type, enabled=False):
-            for prompt in prompts:
-                if prompt not in known:
-                    known[prompt] = encode_prompts(self.pipe, [prompt])
+        with torch.autocast(kind.model(self.pipe).device.type, enabled=False):
+            if learning:
+                return encode_prompts(self.pipe, prompts)
+            with torch.no_grad():
+                new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+                known |= {prompt: encode_prompts(self.pipe, [prompt]) for prompt in new}
         rows = [known[prompt] for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
