@@ -73,6 +73,8 @@ def _rescale(config: Config, adapters: list[Saved], strength: float) -> Path:
     assert config.out is not None
     if len(adapters) > 1:
         raise InputError("several adapters as one file are merged: vismodal merge; bake writes a folder")
+    if config.precision != Config().precision:
+        raise InputError("precision is that of a model's folder; an adapter's file keeps its own: leave it out")
     check_out(config.out)
     models = open_base(config.model, adapters).models if config.model else None
     path = write_saved(scale(adapters[0], strength, models), config.out)

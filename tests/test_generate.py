@@ -211,7 +211,7 @@ def test_a_training_checkpoint_is_an_adapter_of_its_run(model: Path, files: Path
     assert all(torch.equal(read.tensors[name], value) for name, value in adapter.state_dict().items())
     Shelf(load_pipeline(model), {"step-0000005": read}).row([Use("step-0000005", 0.5)])
     (tmp_path / "adapter.safetensors").unlink()
-    with pytest.raises(vm.InputError, match="no adapter file"):
+    with pytest.raises(vm.InputError, match=r"which a run writes at its end; .*sample-now"):
         read_adapters([str(path)])
 
 
@@ -414,6 +414,7 @@ def test_a_sheet_puts_each_picture_in_its_place() -> None:
         ({"steps": -1}, "steps must be at least 1"),
         ({"resolution": 17}, "multiple of 2"),
         ({"prompts": ("a <lora:cat>",)}, "no adapter 'cat'"),
+        ({"negative": "blue", "guidance": 1.0}, "leads away from nothing"),
         ({"adapters": ("lacking.safetensors",)}, "no file lacking"),
         ({"model": "lacking"}, "no model folder"),
     ],

@@ -473,6 +473,7 @@ def test_the_command_line_merges_and_resizes(tmp_path: Path, capsys: pytest.Capt
         (["resize", str(out), "--out", str(small)], "say how many ranks"),
         (["resize", str(out), "--ranks", "x", "--out", str(small)], "gives no site a rank"),
         (["bake", str(out), "--out", str(tmp_path / "model")], "write --model with the folder or name of vit_tiny"),
+        (["bake", str(out), "--precision", "fp16", "--out", str(weak)], "that of a model's folder"),
         (["extract", "--base", "tiny-vit", "--out", str(out)], "--tuned MODEL"),
     ):
         assert cli.main(wrong) == 2
