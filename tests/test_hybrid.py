@@ -84,6 +84,33 @@ def test_unipelt_in_transformers_and_the_gates_are_of_each_row() -> None:
     assert close(model(images[1:2]).last_hidden_state, whole[1:2], 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("methods", "says"),
+    [
+        ([vm.NormTuning(), vm.BitFit()], r"bitfit replaces all of norm\.bias.*nothing.*normtuning's.*sites=$"),
+        (
+            [vm.LoRA(sites=("attn.q",)), vm.Tune(sites=("attn.qkv",))],
+            r"tune replaces .*attn\.q.*put tune first",
+        ),
+        ([vm.Tune(sites=("attn.qkv",)), vm.LoRA(sites=("attn.q",))], ""),
+        ([vm.LoRA(sites=("attn.qkv",)), vm.Tune(sites=("attn.q",))], ""),  # k and v are left
+        ([vm.NormTuning(), vm.BitFit(where=("*.qkv", "*.fc1"))], ""),
+    ],
+)
+def test_a_method_of_which_nothing_would_be_left_is_refused(methods: list[vm.Method], says: str) -> None:
+    model = vit()
+    names = list(model.state_dict())
+    if says:
+        with pytest.raises(vm.InputError, match=says):
+            vm.adapt(model, methods)
+        assert list(model.state_dict()) == names
+    else:
+        adapter = vm.adapt(model.requires_grad_(False), methods)
+        shake(adapter)
+        model(fixed(2, 3, 32, 32)).square().mean().backward()
+        assert adapter.unused() == [] and all(p.grad is not None for p in adapter.parameters())
+
+
 def test_any_list_of_methods_acts_on_one_model(tmp_path: Path) -> None:
     """All at once, of every class in the survey: each learns, off is the base to the bit, and one file holds them."""
     methods = [

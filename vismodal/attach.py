@@ -77,6 +77,7 @@ def adapt(
             built += [(slot, s, m) for s, m in zip(chosen, modules, strict=True)]
             if common is not None:
                 shared[f"{slot}/shared"] = common
+    _check_left(built)
     try:
         for prefix, m in models.items():
             if BANK not in m._modules:
@@ -188,6 +189,23 @@ def _check(model: nn.Module, name: str) -> None:
         raise InputError(f"{name!r} cannot name an adapter: write a name without dots or slashes")
     if BANK in model._modules and name in bank_of(model).attached:
         raise InputError(f"the model has an adapter {name!r} already; choose another name, or detach that one first")
+
+
+def _check_left(built: Sequence[tuple[str, Site, nn.Module]]) -> None:
+    """Raises `InputError` where nothing would be left of a module, since one behind it replaces all of its tensor."""
+    last: dict[tuple[str, str], list[tuple[str, Site]]] = {}
+    for slot, site, module in reversed(built):
+        behind, replaces = last.setdefault((site.target, site.slot), []), getattr(module, "replaces", False)
+        for other, covers in behind:
+            inner, outer, along = site.range, covers.range, site.axis == covers.axis
+            if outer is None or (inner and along and outer[0] <= inner[0] and inner[1] <= outer[1]):
+                first = "" if replaces else f", or put {other} first in the list"
+                raise InputError(
+                    f"{other} replaces all of {site.key}, so that nothing is left of {slot}'s change to it; keep one "
+                    f"of them away from it by where= or sites={first}"
+                )
+        if replaces:
+            behind.append((slot, site))
 
 
 def _heads(sites: Iterable[Site], prefix: str) -> frozenset[str]:

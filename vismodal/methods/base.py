@@ -28,10 +28,12 @@ class WeightModule(nn.Module):
 
     `bias_only` says that `forward` hands W back as it came, whatever that is; of a quantised one it is given None.
     `reads_weight` says that `update` reads `layer.weight` or its bias, as left by merged adapters only: it is used
-    where no other adapter or method stands on that parameter.
+    where no other adapter or method stands on that parameter. `replaces` says that nothing of what `forward` was given
+    for the site's own tensor is left.
     """
 
     reads_weight: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     bias_only: bool = False
 
     def forward(self, W: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -23,6 +23,8 @@ from vismodal.site import Site
 class Copy(WeightModule):
     """The value that stands in for a weight's or a bias's range, in fp32 unless the original is wider."""
 
+    replaces = True
+
     def __init__(self, tensor: Tensor, slot: str):
         super().__init__()
         self.slot = slot
