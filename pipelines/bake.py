@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from vismodal.diffusion.processes import sample_as_trained
 from vismodal.errors import InputError
 from vismodal.tools.bake import bake, check_merges
 from vismodal.tools.files import check_out, read_all
@@ -61,6 +62,8 @@ def main(config: Config) -> Path:
     check_free(config.out)
     whole = open_base(config.model, adapters, config.precision)
     bake(whole.models, adapters, strengths)
+    if whole.pipe is not None:
+        sample_as_trained(whole.pipe, [saved.header for saved, s in zip(adapters, strengths, strict=True) if s])
     whole.write(config.out)
     print(f"{config.out}: {', '.join(f'{a.name} at {s:g}' for a, s in zip(adapters, strengths, strict=True))}")
     return config.out
@@ -70,6 +73,8 @@ def _rescale(config: Config, adapters: list[Saved], strength: float) -> Path:
     assert config.out is not None
     if len(adapters) > 1:
         raise InputError("several adapters as one file are merged: vismodal merge; bake writes a folder")
+    if config.precision != Config().precision:
+        raise InputError("precision is that of a model's folder; an adapter's file keeps its own: leave it out")
     check_out(config.out)
     models = open_base(config.model, adapters).models if config.model else None
     path = write_saved(scale(adapters[0], strength, models), config.out)

@@ -60,7 +60,8 @@ class Config:
         drop: how often a text is left out, and as often the picture, and as often both; edges always stay.
         model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
         output: folder for the results. Without it, the next free runs/control-N.
-        resume: go on with the run in `output`; to the bit what it would have become without the stop.
+        resume: go on with the run in `output`; to the bit what it would have become without the stop, on a GPU as far
+            as its kernels repeat themselves.
         resolution: side in pixels of the training squares and the samples. Without it, what the model was made for.
         steps: updates in all. More with --resume extends a finished run.
         batch: pictures for each forward pass; 1, or 8 with the embedded model.

@@ -192,7 +192,13 @@ def checked(config: Config) -> tuple[Config, dict[str, AdapterFile]]:
 def asked(config: Config, files: Mapping[str, AdapterFile]) -> Config:
     """The settings with all prompts filled in. Raises `InputError` where the subject or its class is not known."""
     header = next(iter(files.values())).header
-    word = config.subject or header.get("subject", "sks")
+    said = {word: None for file in files.values() for word in file.header.get("subject", "").split(", ") if word}
+    if len(said) > 1 and config.subject is None:
+        raise InputError(
+            f"the adapters' files name several subjects: {', '.join(said)}; write --subject WORD, and measure adapters "
+            "of another word by themselves"
+        )
+    word = config.subject or next(iter(said), "sks")
     own = config.photos is None and not config.prompts
     prompts = config.prompts or (tuple(f"{PROMPT} on a {ground} background" for ground in GROUNDS) if own else ())
     class_prompt = config.class_prompt or (CLASS_PROMPT if own else None)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from accelerate import Accelerator
 from PIL import Image
@@ -34,6 +34,7 @@ from vismodal.diffusion.processes import sample_as_trained
 from vismodal.diffusion.requests import Manner, Request, draw, parse_prompt, read_prompts, usual
 from vismodal.diffusion.settings import (
     Given,
+    Precision,
     Settings,
     Worn,
     beside,
@@ -75,7 +76,7 @@ class Config:
         steps: of denoising; 25, or 20 with the embedded model.
         guidance: of classifier-free guidance; as usual with the kind of model, or 4 with the embedded one.
         batch: pictures at a time.
-        mixed_precision: precision of the denoiser and the text encoders.
+        mixed_precision: precision of the denoiser and the text encoders; no unless given.
         threads: of the CPU; torch's own choice, or 1 with the embedded model.
     """
 
@@ -95,7 +96,7 @@ class Config:
     steps: int | None = None
     guidance: float | None = None
     batch: int = 4
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision | None = None
     threads: int | None = None
 
     POSITIONAL: ClassVar[str] = "prompts"
@@ -118,7 +119,7 @@ def main(config: Config) -> Result:
     config, before = checked(config)
     with runs.cpu_threads(known(config.threads)):
         files = read_adapters(config.adapters)
-        pipe = load_pipeline(config.model or asset("tiny-sd"), config.mixed_precision, Accelerator().device)
+        pipe = load_pipeline(config.model or asset("tiny-sd"), known(config.mixed_precision), Accelerator().device)
         sample_as_trained(pipe, [file.header for file in files.values()])
         manner = Manner.fitting(pipe, config.resolution, known(config.steps), config.guidance, known(config.negative))
         config = replace(config, resolution=manner.size, guidance=manner.guidance)
@@ -170,6 +171,7 @@ def checked(config: Config) -> tuple[Config, Settings | None]:
         count=1,
         output=runs.new_folder(config.output, "generate"),
         negative=config.negative or "",
+        mixed_precision=config.mixed_precision or "no",
         **usual(config.model, config.steps, config.guidance, config.threads),
     )
     runs.at_least(filled, 1, "steps", "threads")
@@ -194,6 +196,7 @@ def alike(config: Config, before: Settings) -> Config:
         resolution=config.resolution or before.size,
         steps=config.steps or before.steps,
         guidance=before.guidance if config.guidance is None else config.guidance,
+        mixed_precision=config.mixed_precision or before.precision,
     )
 
 
@@ -240,6 +243,7 @@ def write_results(
             version=vm.__version__,
             sampler=sampler,
             conditions=tuple(Given(name, path.name, digest_of(path)) for name, path in steering),
+            precision=known(config.mixed_precision),
         )
         pictures.append(write_picture(output / f"{number:04d}.png", image, settings))
         acting = " + ".join(f"{use.name} {use.strength:g}" for use in request.uses) or "base"

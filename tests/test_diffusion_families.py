@@ -400,6 +400,17 @@ def test_the_last_block_of_sdxls_first_encoder_is_dead_and_left_out(models, phot
     }
 
 
+def test_what_is_not_adapted_gets_no_gradients(models, photos, tmp_path):
+    """Beside CLIPs that are trained T5 is not: gradients of its own would be as large as it is, and nobody's."""
+    pipe = load_pipeline(models["sd3"])
+    adapter = dreambooth.adapt(replace(settings("sd3", models, photos, tmp_path), prior=0.0), pipe)
+    denoising(pipe, [_set(pipe, "p")], Prompts(pipe, False), 1, Weights())(Micro(0, 0, 0))["loss"].backward()
+    bases = [pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
+    mine = {id(p) for p in adapter.parameters()}
+    assert not any(p.grad is not None for base in bases for p in base.parameters() if id(p) not in mine)
+    assert not any(p.requires_grad for p in pipe.text_encoder_3.parameters()) and not adapter.unused()
+
+
 def test_the_texts_queries_in_the_last_block_of_sd3_are_dead_and_no_site(models):
     from diffusers.models.attention import JointTransformerBlock
 

@@ -406,7 +406,26 @@ def test_other_models_are_refused_by_name(model, photos, tmp_path, capsys):
     index.unlink()
     assert "lacks model_index.json" in refused(capsys, *good)
     assert "there is no model folder" in refused(capsys, *good, "--model", tmp_path / "nowhere")
+    (tmp_path / "web-ui.safetensors").touch()
+    assert 'from_single_file("web-ui.safetensors")' in refused(
+        capsys, *good, "--model", tmp_path / "web-ui.safetensors"
+    )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_says_of_no_place_on_this_machine(model, tmp_path):
+    pipe = load_pipeline(model)
+    pipe.text_encoder.config._name_or_path = (
+        "/home/me/.cache/huggingface/hub/models--OWNER--NAME/snapshots/0a1b/text_encoder"
+    )
+    adapter = vm.adapt({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, vm.LoRA(sites=("attn.q",), rank=1))
+    file = vm.save(adapter, tmp_path / "a.safetensors")
+    assert [base.name for base in adapter.bases.values()] == [f"{model.name}/unet", "OWNER/NAME/text_encoder"]
+    assert str(model.parent).encode() not in file.read_bytes() and b"home" not in file.read_bytes()
+
+
+def test_off_the_cpu_pictures_are_decoded_one_at_a_time(model):
+    assert [load_pipeline(model, device=device).vae.use_slicing for device in ("cpu", "meta")] == [False, True]
 
 
 def test_a_checkpoint_of_another_run_or_model_is_refused(settings, model, tmp_path, capsys):

@@ -13,6 +13,7 @@ from tiny_diffusion import photo_folder, tiny_pipeline
 
 import vismodal as vm
 from vismodal import cli
+from vismodal.diffusion.adapters import AdapterFile
 from vismodal.diffusion.load import load_pipeline
 from vismodal.evaluation import personalisation as p13n
 from vismodal.evaluation.dreambench import TEMPLATES, prompts_of
@@ -262,3 +263,14 @@ def test_on_the_command_line(config: Config, adapter: Path, capsys: pytest.Captu
     assert "tiny-clip" in capsys.readouterr().out
     assert cli.main(["evaluate"]) == 0
     assert "evaluate personalisation" in capsys.readouterr().out
+
+
+def test_adapters_of_several_words_are_not_measured_by_the_first_one_s(tmp_path: Path) -> None:
+    files = {n: AdapterFile(n, tmp_path, "", {"subject": word}, {}) for n, word in (("a", "sks"), ("b", "zwx"))}
+    config = Config(tuple(files), photos=tmp_path, class_name="dog", model="m")
+    with pytest.raises(vm.InputError, match="several subjects: sks, zwx; write --subject WORD"):
+        pipeline.asked(config, files)
+    with pytest.raises(vm.InputError, match="several subjects: sks, cat"):  # of one adapter with two
+        pipeline.asked(config, {"a": AdapterFile("a", tmp_path, "", {"subject": "sks, cat"}, {})})
+    assert pipeline.asked(replace(config, subject="zwx"), files).prompts[0] == "a zwx dog in the jungle"
+    assert pipeline.asked(config, {"b": files["b"]}).subject == "zwx"

@@ -211,7 +211,7 @@ def test_a_training_checkpoint_is_an_adapter_of_its_run(model: Path, files: Path
     assert all(torch.equal(read.tensors[name], value) for name, value in adapter.state_dict().items())
     Shelf(load_pipeline(model), {"step-0000005": read}).row([Use("step-0000005", 0.5)])
     (tmp_path / "adapter.safetensors").unlink()
-    with pytest.raises(vm.InputError, match="no adapter file"):
+    with pytest.raises(vm.InputError, match=r"which a run writes at its end; .*sample-now"):
         read_adapters([str(path)])
 
 
@@ -317,6 +317,16 @@ def test_a_picture_that_was_moved_needs_its_adapters_again(config: Config, files
         main(Config(like=moved, model=config.model, output=tmp_path / "b"))
 
 
+def test_a_picture_in_half_precision_is_drawn_again_in_it(config: Config, tmp_path: Path) -> None:
+    half = main(replace(config, adapters=config.adapters[:1], mixed_precision="bf16")).pictures[0]
+    again, whole = (
+        main(Config(like=half, model=config.model, mixed_precision=precision, output=tmp_path / str(precision)))
+        for precision in (None, "no")
+    )
+    assert np.array_equal(pixels(again.pictures[0]), pixels(half))
+    assert not np.array_equal(pixels(whole.pictures[0]), pixels(half))
+
+
 def test_pictures_without_settings(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -404,6 +414,7 @@ def test_a_sheet_puts_each_picture_in_its_place() -> None:
         ({"steps": -1}, "steps must be at least 1"),
         ({"resolution": 17}, "multiple of 2"),
         ({"prompts": ("a <lora:cat>",)}, "no adapter 'cat'"),
+        ({"negative": "blue", "guidance": 1.0}, "leads away from nothing"),
         ({"adapters": ("lacking.safetensors",)}, "no file lacking"),
         ({"model": "lacking"}, "no model folder"),
     ],

@@ -316,6 +316,27 @@ def test_flips_and_crops_are_drawn_again_in_each_epoch(models):
 # -- int8 ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_training_s_half_precision_is_not_that_of_encoders(models):
+    """Autocast, in which losses are computed, leaves the autoencoder in fp32 (half blurs or overflows) and the text
+    encoders as the pipeline runs them, frozen ones by the prompt: kept or not, latents and texts are equal."""
+    pipe = load_pipeline(models["sd"], "bf16")
+    pipe.text_encoder.requires_grad_(False)
+    seen: list[tuple[bool, int]] = []
+    pipe.text_encoder.register_forward_pre_hook(
+        lambda _, args: seen.append((torch.is_autocast_enabled("cpu"), len(args[0])))
+    )
+    images, said = [noise(24, 16)], ["a dog", "a cat"]
+    kept, anew = (Pictures(pipe, "instance", images, said[:1], size=16, cache=cache) for cache in (True, False))
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = [pictures.draw(Micro(0, 0, 0), 0).latent for pictures in (kept, anew)]
+        texts = [Prompts(pipe, cache)(said)["encoder_hidden_states"] for cache in (True, False)]
+        pipe.text_encoder.requires_grad_(True)
+        learnt = Prompts(pipe, False)(said)["encoder_hidden_states"]
+    assert latents[1].dtype == torch.float32 and torch.equal(*latents)
+    assert seen == [*[(False, 1)] * 4, (False, 2)] and torch.equal(*texts)
+    assert [t.requires_grad for t in (*texts, learnt)] == [False, False, True]
+
+
 def test_a_base_in_int8(models, photos, tmp_path):
     """The denoiser's linear layers alone are int8 and stay as they are; what is learnt is near what float learns."""
     pipe = load_pipeline(models["sd"])

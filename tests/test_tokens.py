@@ -177,7 +177,8 @@ def test_diffusers_draws_the_same_from_the_exported_files(kind, tmp_path):
     pipe = load_pipeline(folder)
     encoders = {n: e for n in ("text_encoder", "text_encoder_2") if "CLIP" in type(e := getattr(pipe, n, 0)).__name__}
     adapter = shaken(vm.adapt(encoders, vm.TextualInversion(words=("<sks>", "sks"), vectors=(2, 1))))
-    base = drawn(pipe, "a <sks> dog")
+    with pytest.warns(UserWarning, match=r"the new words <sks>, sks, so the base reads these as ever: write .*teach\("):
+        base = drawn(pipe, "a <sks> dog")  # loaded and not taught, which nothing else would tell
     teach(pipe, adapter)
     after = drawn(pipe, "a <sks> dog")
     assert np.abs(after - base).max() > 1
@@ -204,6 +205,8 @@ def test_textual_inversion_from_run_to_pictures(settings, model, tmp_path):
     after, before = sample_of(settings.output, 2), sample_of(settings.output, 0)
     assert not np.array_equal(after, before)
     assert not (settings.output / "pytorch_lora_weights.safetensors").exists()
+    card = (settings.output / "README.md").read_text()
+    assert "teach(pipe, adapter)" in card and "adapter.scale" not in card  # which would raise
     pipe = plain_pipeline(model)
     seed = seed_of(0, "sample", 0)
     assert np.array_equal(drawn(pipe, seed=seed), before)

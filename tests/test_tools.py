@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from zoo import BY_NAME, close, shake
 import vismodal as vm
 from vismodal import cli
 from vismodal.checkpoint import restore
+from vismodal.diffusion.exports import export
 from vismodal.methods import Method
 from vismodal.methods.spectrum import decompose
 from vismodal.pruning import Keep
@@ -471,6 +473,7 @@ def test_the_command_line_merges_and_resizes(tmp_path: Path, capsys: pytest.Capt
         (["resize", str(out), "--out", str(small)], "say how many ranks"),
         (["resize", str(out), "--ranks", "x", "--out", str(small)], "gives no site a rank"),
         (["bake", str(out), "--out", str(tmp_path / "model")], "write --model with the folder or name of vit_tiny"),
+        (["bake", str(out), "--precision", "fp16", "--out", str(weak)], "that of a model's folder"),
         (["extract", "--base", "tiny-vit", "--out", str(out)], "--tuned MODEL"),
     ):
         assert cli.main(wrong) == 2
@@ -542,3 +545,17 @@ def test_a_pipeline_is_baked_into_a_folder_that_diffusers_loads(tmp_path: Path) 
     adapter.detach()
     vm.load(models, out)
     assert close(draw(pipe), images, 1e-3)
+
+
+def test_what_was_trained_to_end_in_noise_alone_is_baked_with_its_sampler(tmp_path: Path) -> None:
+    """From files of ours and of diffusers; with any other sampler the folder would draw other pictures."""
+    pipe = tiny_pipeline(tmp_path / "base", "v_prediction")
+    adapter = vm.adapt({"unet": pipe.unet}, vm.LoRA(rank=1, sites=("attn.q",)))
+    told = {"zero_snr": "true", "subject": "sks"}
+    plain, ours = (vm.save(adapter, tmp_path / name, h) for name, h in (("0.safetensors", {}), ("1.safetensors", told)))
+    (theirs,) = export(pipe, adapter, tmp_path / "theirs", told).files
+    for i, (file, zero) in enumerate(((plain, False), (ours, True), (theirs, True))):
+        out = tmp_path / f"baked-{i}"
+        assert cli.main(["bake", str(file), "--model", str(tmp_path / "base"), "--out", str(out)]) == 0
+        sampler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+        assert (sampler["rescale_betas_zero_snr"], sampler["timestep_spacing"] == "trailing") == (zero, zero)

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from vismodal import files
+from vismodal import files, runs
 from vismodal.callbacks import Callback, Every, Log, Progress, Track, read_log
 from vismodal.draw import generator, seed_of, shuffled
 from vismodal.errors import InputError
@@ -509,6 +510,13 @@ def _umask() -> int:
 
 
 # -- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_processes_wait_for_the_one_that_draws():
+    """Class images and samples of a large model take longer than NCCL waits by itself, ten minutes."""
+    handler = runs.start_accelerator("no", None).init_handler
+    assert handler.to_kwargs() == {"timeout": timedelta(hours=6)}
+
 
 TWO = """
 import sys

@@ -157,14 +157,18 @@ class Adapter:
 
     @scale.setter
     def scale(self, scale: float) -> None:
-        methods = self.methods.values()
-        alone = all(m.whole for m in methods)  # beside others such a method acts in full; by itself it has no half
-        fixed = [type(m).__name__ for m in methods if not m.interpolates and (alone or not m.whole)]
         if not math.isfinite(scale):
             raise InputError(f"scale must be finite, not {scale}")
-        if fixed and scale not in (0, 1):
-            raise InputError(f"{', '.join(fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
+        if self.fixed and scale not in (0, 1):
+            raise InputError(f"{', '.join(self.fixed)} cannot be interpolated: scale must be 0 or 1, not {scale:g}")
         self._set(scale=float(scale))
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Names of the methods because of which its scale is 0 or 1; none where it may be any."""
+        methods = self.methods.values()
+        alone = all(m.whole for m in methods)  # beside others such a method acts in full; by itself it has no half
+        return tuple(type(m).__name__ for m in methods if not m.interpolates and (alone or not m.whole))
 
     @property
     def condition(self) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from hashlib import sha256
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -69,9 +70,25 @@ def _close(some: str, others: str) -> bool:
 
 
 def base_name(model: nn.Module) -> str:
-    """What the model calls itself: a timm architecture, a hub id or folder, else its class."""
+    """What the model calls itself: a timm architecture, a hub id or folder, else its class.
+
+    Of a folder the end alone, and of the Hub's cache the id: where files lie on this machine is in no file of ours.
+    """
     timm = getattr(model, "pretrained_cfg", None)
     name = timm.get("architecture") if isinstance(timm, dict) else None
     config = getattr(model, "config", None)
     name = name or getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
-    return str(name or type(model).__name__)
+    return _without_place(str(name or type(model).__name__))
+
+
+def _without_place(name: str) -> str:
+    """ "my-model/unet" of "/home/me/my-model/unet", "OWNER/NAME/unet" of a place in the Hub's cache; others as is."""
+    path = PurePath(name)
+    if not path.is_absolute() and path.parts[:1] not in ((".",), ("..",), ("~",)):
+        return name
+    at = next((i for i, part in enumerate(path.parts) if part.startswith("models--")), None)
+    if at is not None:
+        owner = path.parts[at].removeprefix("models--").replace("--", "/")
+        return "/".join((owner, *path.parts[at + 3 :]))  # behind snapshots/HASH
+    is_part = path.name.startswith(("unet", "transformer", "text_encoder"))
+    return "/".join(path.parts[-2:]) if is_part and len(path.parts) > 2 else path.name or name

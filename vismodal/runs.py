@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
 from vismodal.adapter import Adapter
 from vismodal.data.photos import Photo, read_photos
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CONFIG = "config.yaml"
+WAIT = timedelta(hours=6)  # for a process that draws class images or samples; NCCL's ten minutes would end the others
 
 
 def start_accelerator(mixed_precision: str, track: str | None) -> Accelerator:
@@ -37,7 +39,12 @@ def start_accelerator(mixed_precision: str, track: str | None) -> Accelerator:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`log_with", category=UserWarning)  # told below, as an error
-            accelerator = Accelerator(mixed_precision=mixed_precision, log_with=track, project_dir="runs")
+            accelerator = Accelerator(
+                mixed_precision=mixed_precision,
+                log_with=track,
+                project_dir="runs",
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+            )
     except (ValueError, ImportError) as error:
         raise InputError(f"accelerate refuses mixed_precision={mixed_precision!r}, track={track!r}: {error}") from error
     if track and not accelerator.log_with:

@@ -84,7 +84,13 @@ def _read(path: Path, name: str | None) -> AdapterFile:
     if name is None:
         name = path.resolve().parent.name if path.name in FILES else path.stem
     if path.is_file() and (state := adapter_of(path)) is not None:  # a training checkpoint: its run says what it is
-        header, _ = read(path.parent.parent / FILE)
+        run = path.parent.parent / FILE
+        if not run.is_file():
+            raise InputError(
+                f"{path} is a checkpoint, and what it adapts stands in {run}, which a run writes at its end; let it "
+                f"come there, or ask for samples as it goes by a file {path.parent.parent / 'sample-now'}"
+            )
+        header, _ = read(run)
         return AdapterFile(name, path, digest_of(path), header, state)
     tensors, header = read_any(path)
     if "vismodal" in header:

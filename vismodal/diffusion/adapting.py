@@ -35,8 +35,9 @@ def adapt(config: Recipe, pipe: Pipe) -> vm.Adapter:
         models |= encoders_of(pipe)
         methods += [new_words(config, pipe, name) for name in encoders_of(pipe)]
     denoiser = kind.model(pipe)
-    if kind.denoiser not in models:
-        denoiser.requires_grad_(False)  # it is not adapted, yet gradients go through it
+    for other in kind.modules(pipe):
+        if other not in models.values():
+            other.requires_grad_(False)  # it is not adapted, yet gradients may go through it, or past it (T5)
     adapter = vm.adapt(models, methods, name="dreambooth", seed=seed_of(config.seed, "adapter"))
     for model in models.values():
         model.train()

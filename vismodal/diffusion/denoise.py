@@ -19,7 +19,11 @@ from vismodal.train import Micro
 
 
 class Prompts:
-    """Prompts as the denoiser's text arguments: encoded once each where the encoders are frozen, else every time."""
+    """Prompts as the denoiser's text arguments: with `cache` encoded once each, by encoders that stay as they are.
+
+    Autocast is left out: what the encoders say is what they say in the pipeline, and T5 stays finite in fp16. Frozen
+    ones see one prompt at a time, so that it is the same to the bit, kept or not.
+    """
 
     def __init__(self, pipe: Pipe, cache: bool) -> None:
         self.pipe, self.cache = pipe, cache
@@ -27,13 +31,17 @@ class Prompts:
 
     def __call__(self, prompts: Sequence[str]) -> Texts:
         """One row for each prompt."""
-        if not self.cache:
-            return encode_prompts(self.pipe, prompts)
-        for prompt in prompts:
-            if prompt not in self.cached:
-                with torch.no_grad():
-                    self.cached[prompt] = encode_prompts(self.pipe, [prompt])
-        rows = [self.cached[prompt] for prompt in prompts]
+        kind = kind_of(self.pipe)
+        readers = kind.readers(self.pipe).values()
+        learning = not self.cache and any(p.requires_grad for reader in readers for p in reader.parameters())
+        known = self.cached if self.cache else dict[str, Texts]()
+        with torch.autocast(kind.model(self.pipe).device.type, enabled=False):
+            if learning:
+                return encode_prompts(self.pipe, prompts)
+            with torch.no_grad():
+                new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+                known |= {prompt: encode_prompts(self.pipe, [prompt]) for prompt in new}
+        rows = [known[prompt] for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 

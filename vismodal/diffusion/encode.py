@@ -16,9 +16,10 @@ from vismodal.diffusion.load import tokenizer_of
 def encode_images(pipe: Pipe, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents, (B, c, h, w) each, of images (B, 3, H, W) in [-1, 1].
 
-    Both are kept, not one sample: an image then gives another latent each time, as the autoencoder was trained.
+    Both are kept, not one sample: an image then gives another latent each time, as the autoencoder was trained. They
+    are in the autoencoder's own precision, also within a training's autocast, in whose half it blurs or overflows.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(pipe.vae.device.type, enabled=False):
         posterior = pipe.vae.encode(images.to(pipe.vae.device, pipe.vae.dtype)).latent_dist
     return posterior.mean, posterior.std
 

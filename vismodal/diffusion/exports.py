@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import vismodal as vm
@@ -15,7 +15,7 @@ from vismodal.errors import InputError
 from vismodal.files import write_tensors
 from vismodal.formats import own, peft, tokens
 from vismodal.formats.bases import Base
-from vismodal.formats.files import contents_of, only, write_file
+from vismodal.formats.files import Contents, contents_of, only, write_file
 
 WEBUI = "webui.safetensors"
 TOKENS = "embeddings"  # the folder with a file for each new word
@@ -36,10 +36,11 @@ class Exports:
     notes: tuple[str, ...]
 
 
-def export(pipe: Pipe, adapter: vm.Adapter, output: Path) -> Exports:
-    """Files of diffusers, or where it has no words for the method of web UIs, and of new words one each."""
+def export(pipe: Pipe, adapter: vm.Adapter, output: Path, told: Mapping[str, str] | None = None) -> Exports:
+    """Files of diffusers, or where it has no words for the method of web UIs, and of new words one each. `told` is what
+    the header of an adapter's file says of the training."""
     found, rest = own.tokens_of(adapter.methods, adapter.state_dict())
-    path, note = _lora(pipe, adapter, output) if rest else (None, "")
+    path, note = _lora(pipe, adapter, output, told or {}) if rest else (None, "")
     files = [path] if path is not None else []
     lines = [f'pipe.load_lora_weights(".", weight_name="{peft.FILE}")'] if rest else []
     for word, rows in found.items():
@@ -59,27 +60,31 @@ def _path(output: Path, word: str, taken: Sequence[Path]) -> Path:
     return next(path for path in names if path not in taken)
 
 
-def _lora(pipe: Pipe, adapter: vm.Adapter, output: Path) -> tuple[Path | None, str]:
+def _lora(pipe: Pipe, adapter: vm.Adapter, output: Path, told: Mapping[str, str]) -> tuple[Path | None, str]:
     """The file of diffusers or of web UIs, if any, of all but new words, and what is told of it."""
     kind = kind_of(pipe)
     if not kind.lora_files:
         return None, f"a {type(pipe).__name__} has no load_lora_weights"
     try:
-        path = write_lora(adapter, output / peft.FILE)
+        path = write_lora(adapter, output / peft.FILE, told)
         return path, f"and for pipe.load_lora_weights {path}"
     except InputError as error:
         if kind.denoiser != "unet":
             return None, f"other tools have no file for it: {error}"
     try:
-        path = write_file(contents_of(adapter), "kohya", output / WEBUI, _base(pipe, kind))
+        path = write_file(_contents(adapter, told), "kohya", output / WEBUI, _base(pipe, kind))
         return path, f"and for web UIs {path} (pipe.load_lora_weights cannot read it)"
     except InputError as error:
         return None, f"other tools have no file for it: {error}"
 
 
-def write_lora(adapter: vm.Adapter, path: Path) -> Path:
+def write_lora(adapter: vm.Adapter, path: Path, told: Mapping[str, str] | None = None) -> Path:
     """What `load_lora_weights` reads. Raises `InputError` naming what it cannot hold."""
-    return write_file(only(contents_of(adapter), "adapter"), "diffusers", path)
+    return write_file(only(_contents(adapter, told or {}), "adapter"), "diffusers", path)
+
+
+def _contents(adapter: vm.Adapter, told: Mapping[str, str]) -> Contents:
+    return replace(contents_of(adapter), header=told)
 
 
 def _base(pipe: Pipe, kind: Kind) -> Base:

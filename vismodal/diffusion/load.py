@@ -30,9 +30,13 @@ def load_pipeline(model: str | Path, precision: str = "no", device: torch.device
     import diffusers
 
     folder = Path(model).expanduser()
-    if not folder.is_dir() and (
-        folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
-    ):
+    if folder.is_file():
+        raise InputError(
+            f"the model {model} is one file, and what is read here is a folder; write one with diffusers, by "
+            f'StableDiffusionPipeline.from_single_file("{folder.name}").save_pretrained("FOLDER") (or '
+            "StableDiffusionXLPipeline), and then --model FOLDER"
+        )
+    if not folder.is_dir() and (str(model).startswith((".", "/", "~")) or str(model).count("/") != 1):
         raise InputError(
             f"there is no model folder {model}; write a folder in diffusers' layout, or a Hub id OWNER/NAME"
         )
@@ -58,6 +62,8 @@ def load_pipeline(model: str | Path, precision: str = "no", device: torch.device
         todo = "" if folder.is_dir() else " Check the id, that the Hub can be reached, and that you may read the model"
         raise InputError(f"the model {model} cannot be loaded: {why}{todo}") from error
     _check_parts(pipe, model)
+    if pipe.vae.device.type != "cpu":  # one picture at a time: in fp32 four large ones fill a card
+        pipe.vae.enable_slicing()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -44,7 +44,8 @@ class Task:
             class_folder: '[{"photos": "rex", "prompt": "a photo of sks dog", "subject": "sks"}, ...]', or in a config.
         model: folder in diffusers' layout, or Hub id. Without it, the embedded small Stable Diffusion.
         output: folder for the results. Without it, the next free runs/dreambooth-N.
-        resume: go on with the run in `output`; to the bit what it would have become without the stop.
+        resume: go on with the run in `output`; to the bit what it would have become without the stop, on a GPU as far
+            as its kernels repeat themselves.
     """
 
     photos: Path | None = None

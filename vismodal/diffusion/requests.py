@@ -55,7 +55,10 @@ class Manner:
             raise InputError(f"resolution must be a multiple of {step} for a {type(pipe).__name__}, not {size}")
         if negative and isinstance(kind, Flux):
             raise InputError("Flux has its guidance built in, and leads away from nothing; leave out negative")
-        return cls(size, steps, kind.guidance if guidance is None else guidance, negative)
+        guidance = kind.guidance if guidance is None else guidance
+        if negative and not guidance > 1:
+            raise InputError(f"guidance {guidance:g} leads away from nothing; write one above 1, or leave out negative")
+        return cls(size, steps, guidance, negative)
 
 
 def usual(model: str | None, steps: int | None, guidance: float | None, threads: int | None) -> dict[str, Any]:

@@ -23,8 +23,9 @@ def write_results(config: Recipe, pipe: Pipe, sample: Samples, adapter: vm.Adapt
     """The adapter in our format and in others', and what people look at; then says what to do next."""
     output, steps, known_by = known(config.output), known(config.steps), subjects_of(config)
     told = {"prompt": known_by[0].prompt, "subject": ", ".join(each.subject for each in known_by)}
-    vm.save(adapter, output / "adapter.safetensors", told | ({ZERO_SNR: "true"} if config.zero_snr else {}))
-    others = export(pipe, adapter, output)
+    sampling = {ZERO_SNR: "true"} if config.zero_snr else {}
+    vm.save(adapter, output / "adapter.safetensors", told | sampling)
+    others = export(pipe, adapter, output, told | sampling)
     photos = [photo for turn in zip_longest(*(shown.photos for shown in subjects)) for photo in turn if photo]
     real = [report.square(photo.image, known(config.resolution)) for photo in photos[: config.sample_count]]
     report.write_sheet(output, real, sample(0), sample(steps), f"after {steps} steps")
@@ -35,6 +36,7 @@ def write_results(config: Recipe, pipe: Pipe, sample: Samples, adapter: vm.Adapt
         parts=tuple(adapter.models),
         words=bool(words_of(adapter)),
         loading=others.loading,
+        halves=not adapter.fixed,
     )
     report.dreambooth_card(output, {**asdict(config), **told}, using)
     print(f"before and after: {output / 'sheet.png'}")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from PIL import Image, UnidentifiedImageError
@@ -24,6 +24,7 @@ from vismodal.files import write_file
 from vismodal.runs import CONFIG
 
 CHUNK = "vismodal"
+Precision = Literal["no", "bf16", "fp16"]
 
 
 class Worn(NamedTuple):
@@ -56,6 +57,7 @@ class Settings:
         version: of vismodal.
         sampler: as web UIs call it.
         conditions: what steered the adapters that something steers.
+        precision: of the denoiser and the text encoders.
     """
 
     prompt: str
@@ -71,6 +73,7 @@ class Settings:
     version: str
     sampler: str = ""
     conditions: tuple[Given, ...] = ()
+    precision: Precision = "no"
 
 
 def write_picture(path: Path, image: Image.Image, settings: Settings) -> Path:

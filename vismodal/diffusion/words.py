@@ -129,6 +129,7 @@ def _give_ids(reader: Any, module: Vectors, owner: str, acts: Callable[[], bool]
     reader.add_tokens([AddedToken(name, normalized=False) for name in names])
     with torch.no_grad():
         module.ids.copy_(torch.tensor(reader.convert_tokens_to_ids(names)))
+    module.known = True
     reader.words += [Word(w, owner, " ".join(names[rows]), acts) for w, rows in module.words.items()]
 
 

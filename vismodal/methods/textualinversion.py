@@ -15,6 +15,7 @@ vectors a word are its section 5. With LoRA besides it is pivotal tuning (cf. Ro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,7 @@ class Vectors(SpanModule):
         if wrong := [i for i in starts if not 0 <= i < size]:
             raise InputError(f"TextualInversion: starts are ids of {site.key}'s {size} tokens, not {wrong[0]}")
         self.words = words
+        self.known = bool(ids)  # whether somebody gives the ids, so that a text without them is none that lacks them
         self.register_buffer("ids", torch.tensor(ids or range(size, size + n), device=table.device), persistent=False)
         begin = list(starts) * (n if len(starts) == 1 else 1) or (own if len(own) == n else [])
         if begin:
@@ -54,8 +56,20 @@ class Vectors(SpanModule):
 
     def enter(self, x: Tensor, context: dict[str, Any]) -> Tensor:
         found = x[..., None] == self.ids  # b l n
+        if not self.known and not torch.compiler.is_compiling():
+            self._tell_of_strangers(found)
         context["row"], context["new"] = found.int().argmax(-1), found.any(-1)
         return x.masked_fill(context["new"], 0)
+
+    def _tell_of_strangers(self, found: Tensor) -> None:
+        """Warns, once, of words that no tokenizer knows: the base then reads them as ever, and nothing else tells."""
+        self.known = True
+        if not found.any():
+            warnings.warn(
+                f"no text has the ids of the new words {', '.join(self.words)}, so the base reads these as ever: write "
+                "vismodal.diffusion.words.teach(pipe, adapter), or see that your tokenizer gives the ids",
+                stacklevel=2,
+            )
 
     def exit(self, y: Tensor, context: dict[str, Any]) -> Tensor:
         row, new = context["row"].view(y.shape[:-1]), context["new"].view(*y.shape[:-1], 1)

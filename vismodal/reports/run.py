@@ -113,6 +113,7 @@ class Using:
         parts: of the pipeline that are adapted.
         words: whether it has new words, which the pipeline has to be taught.
         loading: lines by which diffusers alone loads all of it; none where it cannot.
+        halves: whether it may act at strengths between 0 and 1.
     """
 
     methods: Sequence[str]
@@ -120,6 +121,7 @@ class Using:
     parts: Sequence[str]
     words: bool
     loading: Sequence[str]
+    halves: bool
 
 
 def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> Path:
@@ -157,6 +159,7 @@ def dreambooth_card(folder: Path, settings: Mapping[str, Any], using: Using) -> 
         parts=", ".join(f'"{part}": pipe.{part}' for part in using.parts),
         imported="\nfrom vismodal.diffusion.words import teach" if using.words else "",
         taught="\nteach(pipe, adapter)  # the new words" if using.words else "",
+        scaled="\nadapter.scale = 0.8" if using.halves else "",
         settings="\n".join(["| setting | value |", "| --- | --- |", *lines]),
     )
     return write_file(folder / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")))
@@ -185,8 +188,7 @@ import vismodal as vm
 from diffusers import DiffusionPipeline{imported}
 
 pipe = DiffusionPipeline.from_pretrained({source})
-{sampler}adapter = vm.load({{{parts}}}, "adapter.safetensors"){taught}
-adapter.scale = 0.8
+{sampler}adapter = vm.load({{{parts}}}, "adapter.safetensors"){taught}{scaled}
 image = pipe("{prompt}").images[0]
 ```
 

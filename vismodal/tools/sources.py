@@ -46,10 +46,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Whole:
-    """A model as adapter files see it: parts by prefix, {"": model} where there is one. `save` fills a folder."""
+    """A model as adapter files see it: parts by prefix, {"": model} where there is one. `save` fills a folder; `pipe`
+    is what it is in diffusers."""
 
     models: Models
     save: Callable[[Path], object]
+    pipe: Any = None
 
     def write(self, out: Path) -> Path:
         """A new folder, whole or not at all. Raises `InputError` where there is something of that name."""
@@ -181,7 +183,8 @@ def _pipeline(source: str) -> Whole:
     from diffusers import DiffusionPipeline
 
     pipe: Any = DiffusionPipeline.from_pretrained(source, use_safetensors=True)
-    return Whole({n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}, pipe.save_pretrained)
+    models = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return Whole(models, pipe.save_pretrained, pipe)
 
 
 def _timm(name: str) -> Whole:
