@@ -17,7 +17,7 @@ PACKAGE = ROOT / "vismodal"
 FLOORS = {
     **dict.fromkeys(("errors", "table", "paths", "files", "fingerprint", "quantised", "limit", "site"), 0),
     "sharding": 0,
-    **dict.fromkeys(("discover", "recompute"), 0),
+    **dict.fromkeys(("discover", "selection", "recompute"), 0),
     **dict.fromkeys(("methods", "families", "weights", "ports", "clip"), 1),
     **dict.fromkeys(("bank", "pruning", "dead", "adapter", "attach", "route"), 2),
     **dict.fromkeys(("catalogue", "checkpoint", "evolve", "formats", "prefix"), 3),

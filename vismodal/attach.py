@@ -15,13 +15,14 @@ from torch import nn
 
 from vismodal.adapter import Adapter
 from vismodal.bank import Bank, attach, bank_of, detach
-from vismodal.discover import discover, select
+from vismodal.discover import discover
 from vismodal.errors import InputError
 from vismodal.families import table as family_table
 from vismodal.fingerprint import BANK
 from vismodal.methods import METHODS, Method
 from vismodal.ports import is_ported
 from vismodal.quantised import is_quantised
+from vismodal.selection import select
 from vismodal.site import Site, Sites, Table
 
 Models = nn.Module | Mapping[str, nn.Module]

@@ -19,11 +19,11 @@ from torch import nn
 
 import vismodal.attach
 from vismodal.checkpoint import to_json
-from vismodal.discover import select
 from vismodal.draw import generator
 from vismodal.entries import split, written
 from vismodal.errors import InputError
 from vismodal.methods import Method, Tune
+from vismodal.selection import select
 
 # between what was best on tiny-vit (benchmarks/results/methods.md) and a third of it, since larger models want less;
 # `--tune` finds better ones

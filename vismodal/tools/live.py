@@ -18,7 +18,7 @@ from vismodal.adapter import Adapter
 from vismodal.attach import adapt
 from vismodal.bank import bank_of
 from vismodal.checkpoint import restore
-from vismodal.discover import discover, select
+from vismodal.discover import discover
 from vismodal.errors import InputError
 from vismodal.families import table as family_table
 from vismodal.methods import LoRA, Method, Tune
@@ -26,6 +26,7 @@ from vismodal.methods.lowrank import Own, Product
 from vismodal.methods.tune import Copy
 from vismodal.ports import WeightPort
 from vismodal.quantised import is_quantised
+from vismodal.selection import select
 from vismodal.site import Site, Table
 from vismodal.tools.combine import Change, Update, Value, concatenate, dense
 from vismodal.tools.saved import Saved, check_is_weights, update_of
