@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from vismodal.cli import load_app
+
 ROOT = Path(__file__).parent.parent
 # all toasts that were shown, also those that are gone again
 TOASTS = """
@@ -73,6 +75,16 @@ def studio(home: Path, *arguments: str) -> Iterator[str]:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
         process.stdout.close()
+        end_jobs(home)
+
+
+def end_jobs(home: Path) -> None:
+    """Kills those that a test left at work: they outlive their studio."""
+    folders = load_app("studio.folders")
+    for folder in (home / "jobs").glob("*"):
+        pid = folders.number(folder / "pid")
+        if pid is not None and folders.alive(folder):
+            os.killpg(pid, signal.SIGKILL)
 
 
 class Page:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from browsing import end_jobs
 from safetensors import safe_open
 
 from vismodal import cli
@@ -15,9 +17,17 @@ from vismodal.diffusion.settings import read_settings
 pytest.importorskip("diffusers")
 
 
-def test_a_job_that_was_killed_stopped_and_resumed_equals_the_function_called_in_python(tmp_path: Path, monkeypatch):
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "home"
+    end_jobs(tmp_path / "home")
+
+
+def test_a_job_that_was_killed_stopped_and_resumed_equals_the_function_called_in_python(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, progress = load_app("studio.work"), load_app("studio.progress")
-    studio = work.Studio(tmp_path / "home")
+    studio = work.Studio(home)
     few = {"steps": 100_000, "batch": 1, "rank": 2, "sample_steps": 1, "sample_count": 1, "sample_every": 0, "seed": 3}
     few |= {"save_every": 3, "keep": 2, "schedule": "constant"}
     job = studio.teach("example", title="robot", settings=few)
