@@ -40,6 +40,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import torch
 from accuracy_page import write_page
@@ -253,9 +254,9 @@ def ended(c: Config, rows: Rows) -> Iterator[Row]:
         while (job := following()) is not None:
             yield attempt(job)
         return
-    os.environ["TQDM_DISABLE"] = "1"  # of the processes to come
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(c.jobs, context, torch.set_num_threads, (1,)) as pool:
+    quiet = patch.dict(os.environ, {"TQDM_DISABLE": "1"})
+    with quiet, ProcessPoolExecutor(c.jobs, context, torch.set_num_threads, (1,)) as pool:
         running: set[Future[Row]] = set()
         try:
             while True:

@@ -1,6 +1,8 @@
 """One thread a process: the models are tiny, and two test processes share two cores."""
 
+import os
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,3 +17,10 @@ def attention_as_torch_chooses() -> Iterator[None]:
     torch.backends.cuda.enable_flash_sdp(FLASH)
     yield
     torch.backends.cuda.enable_flash_sdp(FLASH)
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """What a test changes of it is not for those that come after."""
+    with patch.dict(os.environ):
+        yield

@@ -28,6 +28,7 @@ def test_a_job_that_was_killed_stopped_and_resumed_equals_the_function_called_in
 ) -> None:
     work, progress = load_app("studio.work"), load_app("studio.progress")
     studio = work.Studio(home)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # of the server: its jobs have bars, by which it follows them
     few = {"steps": 100_000, "batch": 1, "rank": 2, "sample_steps": 1, "sample_count": 1, "sample_every": 0, "seed": 3}
     few |= {"save_every": 3, "keep": 2, "schedule": "constant"}
     job = studio.teach("example", title="robot", settings=few)

@@ -428,7 +428,7 @@ def test_baking_equals_live_use_and_leaves_no_trace() -> None:
     foreign = trained(BY_NAME["timm-vit_small_patch14_reg4_dinov2"].model(), vm.LoRA())
     for wrong, says in ((span, "AdaptFormer, which acts in the forward pass.*vm.load"), (foreign, "does not fit")):
         with pytest.raises(vm.InputError, match=says):
-            bake({"": plain}, [b, wrong])
+            bake({"": plain}, [a, wrong])
     assert all(torch.equal(t, before[n]) for n, t in plain.state_dict().items())
     with pytest.raises(vm.InputError, match="AdaptFormer, which is no update of weights"):
         changes_on({"": model_of}, span)

@@ -307,7 +307,8 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Of a job: this vismodal, wherever its folder is, and no request that leaves the machine."""
+    """Of a job: this vismodal, wherever its folder is, no request that leaves the machine, and bars that tell of it."""
     root = str(Path(vismodal.__file__).resolve().parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH", "")) if part)
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    ours = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")} | ours
