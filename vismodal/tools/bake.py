@@ -38,10 +38,11 @@ def bake(
         check_merges(saved)
     attached: list[Adapter] = []
     try:
-        for i, (saved, strength) in enumerate(zip(adapters, strengths, strict=True)):
+        for i, saved in enumerate(adapters):
             parts = {prefix: models[prefix] for prefix in saved.bases if prefix in models}
             adapter = restore(parts, saved.header, saved.tensors, saved.name, f"baked-{i}", sites=sites)
             attached.append(adapter)
+        for adapter, strength in zip(attached, strengths, strict=True):
             adapter.scale = strength
             adapter.merge()
     except BaseException:
