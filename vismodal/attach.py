@@ -22,7 +22,7 @@ from vismodal.fingerprint import BANK
 from vismodal.methods import METHODS, Method
 from vismodal.ports import is_ported
 from vismodal.quantised import is_quantised
-from vismodal.selection import select
+from vismodal.selection import check_left, select
 from vismodal.site import Site, Sites, Table
 
 Models = nn.Module | Mapping[str, nn.Module]
@@ -69,18 +69,7 @@ def adapt(
         _check(m, name)
     methods = slots([method] if isinstance(method, Method) else method)
     found = {prefix: discover(m, family_table(m, sites), prefix) for prefix, m in models.items()}
-    built: list[tuple[str, Site, nn.Module]] = []
-    shared: dict[str, nn.Module] = {}
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)  # the CPU's alone, where all is drawn
-        for slot, each in methods.items():
-            chosen = _select([s for f in found.values() for s in f], each)
-            modules, common = each.build(chosen)
-            built += [(slot, s, m) for s, m in zip(chosen, modules, strict=True)]
-            if common is not None:
-                shared[f"{slot}/shared"] = common
-    _check_left(built)
+    built, shared = _built(methods, [s for f in found.values() for s in f], seed)
     try:
         for prefix, m in models.items():
             if BANK not in m._modules:
@@ -162,6 +151,25 @@ def slots(methods: object) -> dict[str, Method]:
     return found
 
 
+def _built(
+    methods: Mapping[str, Method], sites: Sequence[Site], seed: int | None
+) -> tuple[list[tuple[str, Site, nn.Module]], dict[str, nn.Module]]:
+    """The modules of all methods with their slots and sites, and those that the sites of a method share."""
+    built: list[tuple[str, Site, nn.Module]] = []
+    shared: dict[str, nn.Module] = {}
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # the CPU's alone, where all is drawn
+        for slot, method in methods.items():
+            chosen = _select(sites, method)
+            modules, common = method.build(chosen)
+            built += [(slot, s, m) for s, m in zip(chosen, modules, strict=True)]
+            if common is not None:
+                shared[f"{slot}/shared"] = common
+    check_left([(slot, site, getattr(module, "replaces", False)) for slot, site, module in built])
+    return built, shared
+
+
 def _select(sites: Sequence[Site], method: Method) -> list[Site]:
     try:
         return select(sites, method.sites, method.where, method.layers, method.fits)
@@ -200,23 +208,6 @@ def _check(model: nn.Module, name: str) -> None:
         raise InputError(f"{name!r} cannot name an adapter: write a name without dots or slashes")
     if BANK in model._modules and name in bank_of(model).attached:
         raise InputError(f"the model has an adapter {name!r} already; choose another name, or detach that one first")
-
-
-def _check_left(built: Sequence[tuple[str, Site, nn.Module]]) -> None:
-    """Raises `InputError` where nothing would be left of a module, since one behind it replaces all of its tensor."""
-    last: dict[tuple[str, str], list[tuple[str, Site]]] = {}
-    for slot, site, module in reversed(built):
-        behind, replaces = last.setdefault((site.target, site.slot), []), getattr(module, "replaces", False)
-        for other, covers in behind:
-            inner, outer, along = site.range, covers.range, site.axis == covers.axis
-            if outer is None or (inner and along and outer[0] <= inner[0] and inner[1] <= outer[1]):
-                first = "" if replaces else f", or put {other} first in the list"
-                raise InputError(
-                    f"{other} replaces all of {site.key}, so that nothing is left of {slot}'s change to it; keep one "
-                    f"of them away from it by where= or sites={first}"
-                )
-        if replaces:
-            behind.append((slot, site))
 
 
 def _heads(sites: Iterable[Site], prefix: str) -> frozenset[str]:

@@ -48,6 +48,24 @@ def select(
     return picked
 
 
+def check_left(taken: Sequence[tuple[str, Site, bool]]) -> None:
+    """Raises `InputError` where a method replaces all that one before it in the list changes: nothing is left of that.
+
+    `taken` has each method's slot and site, and whether it replaces the site's tensor.
+    """
+    last: dict[tuple[str, str], list[tuple[str, Site]]] = {}
+    for slot, site, replaces in reversed(taken):
+        behind = last.setdefault((site.target, site.slot), [])
+        if other := next((other for other, outer in behind if _covers(outer, site)), None):
+            first = "" if replaces else f", or put {other} first in the list"
+            raise InputError(
+                f"{other} replaces all of {site.key}, so that nothing is left of {slot}'s change to it; keep one of "
+                f"them away from it by where= or sites={first}"
+            )
+        if replaces:
+            behind.append((slot, site))
+
+
 def _of_kind(kind: str, sites: Sequence[Site], fits: Callable[[Site], bool]) -> list[Site]:
     exact = [s for s in sites if s.kind == kind]
     # norms and heads name their bias too, which a method on weights has no module of its own for
@@ -94,3 +112,9 @@ def _overlap(a: Site, b: Site) -> bool:
     if a.range is None or b.range is None or a.axis != b.axis:
         return True
     return a.range[0] < b.range[1] and b.range[0] < a.range[1]
+
+
+def _covers(outer: Site, inner: Site) -> bool:
+    if outer.range is None or inner.range is None or outer.axis != inner.axis:
+        return outer.range is None
+    return outer.range[0] <= inner.range[0] and inner.range[1] <= outer.range[1]
