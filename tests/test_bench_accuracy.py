@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_processes_give_the_same_rows(bench: Any, data: Path, tmp_path: Path) ->
         c = bench.Config(models=("tiny-vit",), quick=True, jobs=jobs, out=tmp_path / str(jobs), **settings)
         found.append({k: row["val_loss"] for k, row in bench.main(c).rows.items()})
     assert found[0] == found[1] and len(found[0]) >= 4
+    assert "TQDM_DISABLE" not in os.environ  # which is for the processes alone
 
 
 def test_a_linear_probe_learns_the_same_from_kept_features(bench: Any, data: Path, monkeypatch: Any) -> None:
