@@ -93,6 +93,8 @@ def test_unipelt_in_transformers_and_the_gates_are_of_each_row() -> None:
             r"tune replaces .*attn\.q.*put tune first",
         ),
         ([vm.Tune(sites=("attn.qkv",)), vm.LoRA(sites=("attn.q",))], ""),
+        ([vm.Tune(sites=("attn.q",)), vm.LoRA(sites=("attn.q",))], ""),
+        ([vm.LoRA(sites=("attn.v",)), vm.Tune(sites=("attn.q",))], ""),
         ([vm.LoRA(sites=("attn.qkv",)), vm.Tune(sites=("attn.q",))], ""),  # k and v are left
         ([vm.NormTuning(), vm.BitFit(where=("*.qkv", "*.fc1"))], ""),
     ],
