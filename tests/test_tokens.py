@@ -144,6 +144,7 @@ def test_prompts_have_the_word_while_its_adapter_acts(model, tmp_path):
     own = plain("a sks dog").input_ids
     adapter = shaken(vm.adapt({"text_encoder": pipe.text_encoder}, vm.TextualInversion(words=("sks",), vectors=(2,))))
     teach(pipe, adapter)
+    drawn(pipe, "a cat")  # no warning, which would be an error here: it is taught, and this text has no word of it
     new = [len(plain), len(plain) + 1]
     assert pipe.tokenizer("a sks dog").input_ids[2:4] == new
     assert pipe.tokenizer(["SKS-dog"]).input_ids[0][1:3] == new
