@@ -28,6 +28,7 @@ R = TypeVar("R")
 CSS = """
 .gradio-container { max-width: 1280px !important; width: 100% !important; margin: 0 auto !important; }
 .low { align-self: end; }
+.sheets .grid-container { grid-template-rows: none !important; grid-auto-rows: max-content !important; }
 .sheets .thumbnail-lg { aspect-ratio: auto !important; height: auto !important; }
 .quiet { opacity: .75; font-size: .9em; }
 .status p { font-size: 1.05em; font-weight: 600; }

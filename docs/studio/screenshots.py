@@ -15,9 +15,11 @@ HERE = Path(__file__).parent
 DESKTOP, PHONE = (1280, 1400), (390, 844)
 
 
-def take(page: Page, name: str) -> None:
+def take(page: Page, name: str, height: int | None = None) -> None:
+    """All of the page, or so many pixels from its top."""
     page.page.wait_for_timeout(3000)  # pictures come in, bars go
-    page.page.screenshot(path=HERE / f"{name}.png", full_page=True)
+    clip = {"x": 0, "y": 0, "width": DESKTOP[0], "height": height} if height else None
+    page.page.screenshot(path=HERE / f"{name}.png", full_page=True, clip=clip)
     print(HERE / f"{name}.png", flush=True)
 
 
@@ -53,11 +55,12 @@ def main() -> None:
         take(page, "library")
         page.tab("Recognise")
         page.press("Use the example: 1,797 handwritten digits")
+        page.page.get_by_text("Handwritten digits of scikit-learn").wait_for()
         page.press("Learn")
         page.until("done", 600)
         take(page, "recognise")
         page.tab("Jobs")
-        take(page, "jobs")
+        take(page, "jobs", 520)  # below it stands where its files lie
 
         for tab in ("Teach", "Create"):
             phone = opened(chromium, address, PHONE)
